@@ -15,6 +15,7 @@ from hydra_llm.gateway.batching import Overloaded
 from hydra_llm.gateway.chunks import StreamReader, chunk_head, delta, event
 from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.identity import hide_user
+from hydra_llm.gateway.reply import personalization_of
 from hydra_llm.gateway.sampling import Body, CandidateSampler, without
 from hydra_llm.gateway.schemas import ChatRequest, PersonalizationOptions
 from hydra_llm.gateway.scoring import (
@@ -162,7 +163,7 @@ class Gateway:
         started = time.perf_counter()
         options, plain, deployment = routed.options, routed.plain, routed.deployment
         settings, form = deployment.pipeline.settings, form_of(plain)
-        search = await self.search(deployment, user, _question(routed), options)
+        search = await self.search(deployment, user, _question(routed), options, answers=True)
         shown = search.ranked[: settings.k if options.k is None else options.k]
         prompt, *beside = deployment.pipeline.render_all(
             search.context.query,
@@ -191,9 +192,17 @@ class Gateway:
         )
 
     async def search(
-        self, deployment: Deployment, name: str, question: str, options: PersonalizationOptions
+        self,
+        deployment: Deployment,
+        name: str,
+        question: str,
+        options: PersonalizationOptions,
+        *,
+        answers: bool = False,
     ) -> RecordSearch:
-        """The user's records for a question; NotPersonal names the reason why there are none."""
+        """The user's records for a question; NotPersonal names the reason why there are none.
+        `answers`: to answer it, which the user may have switched off.
+        """
         try:
             user = await self.reads.read(partial(deployment.users.current, name))
         except Exception as error:
@@ -201,6 +210,8 @@ class Gateway:
             raise NotPersonal("store-failure") from None
         if user is None:
             raise NotPersonal("unknown-user")
+        if answers and user.off:
+            raise NotPersonal("switched-off")
         # Scorers and records know the text within the task's instruction.
         within = deployment.pipeline.task.input_of(question)
         # One character more than a record may have: feedback on a longer one makes no record.
@@ -262,8 +273,9 @@ class Gateway:
         completion = {**completions[0], **answer}
         kept = await self._keep(request, ranked)
         if self.settings.personalization:
-            completion["personalization"] = _personalization(request, ranked, kept)
-        self.telemetry.answered(None, request.seconds, ranked.abstained)
+            completion["personalization"] = personalization_of(request, ranked, kept)
+        chosen = None if ranked.unscored else ranked.abstained
+        self.telemetry.answered(None, request.seconds, chosen)
         return completion, request
 
     def without_records(self, request: RoutedRequest, error: UpstreamError) -> RoutedRequest:
@@ -363,7 +375,7 @@ class Gateway:
             return b""
         id = request.completion_id
         head = {**chunk_head(id, request.body["model"]), **reader.head, "id": id}
-        personalization = _personalization(request, ranked, kept)
+        personalization = personalization_of(request, ranked, kept)
         return event({**head, "choices": [delta(0, {})], "personalization": personalization})
 
 
@@ -376,25 +388,3 @@ def _question(routed: RoutedRequest) -> str:
     if not question.strip():
         raise NotPersonal("no-question")
     return repair(question)
-
-
-def _personalization(request: PersonalRequest, ranked: RankedChoices, kept: bool) -> dict[str, Any]:
-    """The object `personalization` of a reply."""
-    scores = [candidate.score for candidate in ranked.candidates]
-    unread = "no-label" if all(score is None for score in scores) else None
-    answer: dict[str, Any] = {
-        "request_id": request.id if kept else None,
-        "records": [record.id for record in request.prompt_records],
-        "warm": request.search.warm,
-        "candidates": len(ranked.candidates),
-        "abstained": ranked.abstained,
-        "scores": scores,
-        "scores_reason": ranked.unscored or unread,
-        "seconds": {stage: round(seconds, 4) for stage, seconds in request.seconds.items()},
-    }
-    if request.options.explain:
-        answer["texts"] = choice_texts(ranked.choices[: len(ranked.candidates)])
-        answer["probabilities"] = [candidate.probability for candidate in ranked.candidates]
-        records = request.prompt_records
-        answer["shown"] = [{"id": r.id, "input": r.input, "output": r.output} for r in records]
-    return answer
