@@ -1,4 +1,4 @@
-"""The object `personalization` of a reply: what was done for the user, and why. Knows no protocol."""
+"""What a reply says of how it was personalized. Knows no protocol."""
 
 from typing import TYPE_CHECKING, Any
 

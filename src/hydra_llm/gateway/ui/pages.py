@@ -52,7 +52,7 @@ class Visit:
 
     @property
     def user(self) -> str:
-        """The user whom a page is about: as named, or the caller's only one. `ApiError` 400, 403."""
+        """Whom a page is about: as named, or the caller's only user. `ApiError` 400, 403."""
         only = self.caller.users[0] if len(self.caller.users) == 1 else ""
         user = self.http.query_params.get("user") or ("" if self.caller.admin else only)
         if fault := id_fault(user):
@@ -86,6 +86,7 @@ class PageRoute(APIRoute):
 
 
 def make_router() -> APIRouter:
+    """A router of pages."""
     return APIRouter(prefix=DASHBOARD, route_class=PageRoute, include_in_schema=False)
 
 
