@@ -103,6 +103,25 @@ Index("ix_jobs_created", jobs.c.created)
 serving = _table("serving", "name", name=Short, value=Text)
 """What all servers of this store share, such as the bundle in use."""
 
+# A user is here by name, not by key: also those of whom nothing else is kept have spent, and what
+# a deleted user has spent stays in the sums, as nobody's.
+_tokens = {"prompt_tokens": Number, "completion_tokens": Number}
+_parts = {"estimated_tokens": Number, "unpriced_tokens": Number}
+_spender = {"day": Short, "key": Short, "name": Text, "model": Text, "kind": Short}
+spend = _table("spend", calls=Number, cost=Number, **_spender, **_tokens, **_parts)
+"""What was spent on a day (UTC) by a key for a user (''; nobody's). `cost`: in 1e-9 of money."""
+Index("ix_spend_day", *(spend.c[name] for name in _spender), unique=True)
+Index("ix_spend_name_day", spend.c.name, spend.c.day)
+
+totals = _table("totals", kind=Short, name=Text, period=Short, tokens=Number, cost=Number)
+"""What a key or user (`kind`) has spent in a day, month or minute: for limits, in one row each."""
+Index("ix_totals_kind_name_period", *totals.c[("kind", "name", "period")], unique=True)
+Index("ix_totals_period", totals.c.period)
+
+limits = _table("limits", kind=Short, name=Text, value=Text)
+"""What a key or user may spend, where it is not what the settings say."""
+Index("ix_limits_kind_name", limits.c.kind, limits.c.name, unique=True)
+
 _owner = ForeignKey("keys.id", ondelete="CASCADE")
 _session_key = Column("key", Short, _owner, index=True)  # NULL: signed in without a stored key
 sessions = _table("sessions", "id", _session_key, id=Name, proof=Name, expires=Time)

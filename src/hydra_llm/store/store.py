@@ -22,13 +22,13 @@ from hydra_llm.store import migrate, schema
 from hydra_llm.store.change import UserChange, check_version, known_or_new, locked_user
 from hydra_llm.store.database import in_parts, insert_new, one_line_errors
 from hydra_llm.store.pages import Pages, with_names
-from hydra_llm.store.responses import Responses
 from hydra_llm.store.sessions import Sessions
+from hydra_llm.store.spend import Spending, forget_spender
 from hydra_llm.store.values import Added, Job, Key, Request, StoredFeedback, StoredHead, UserState
 from hydra_llm.types import ARROW, UNREADABLE, Record, Span, as_one_text
 
 
-class Store(Responses, Pages, Sessions):
+class Store(Spending, Pages, Sessions):
     """All that the gateway keeps. Any number of threads and processes may use one database."""
 
     def __init__(self, url: str | URL, *, timeout: float = 30.0, create: bool = True):
@@ -121,9 +121,11 @@ class Store(Responses, Pages, Sessions):
             connection.execute(sa.delete(schema.key_users).where(names.name == name))
             of_others = set(connection.scalars(sa.select(names.key).where(names.key.in_(own))))
             unused = keys.id.in_(own - of_others) & keys.admin.is_(False)
-            counts = {"keys": connection.execute(sa.delete(schema.keys).where(unused)).rowcount}
+            gone = set(connection.scalars(sa.select(keys.id).where(unused)))
+            connection.execute(sa.delete(schema.keys).where(keys.id.in_(gone)))
+            counts = {"keys": len(gone), "spend": forget_spender(connection, name, gone)}
             if user is None:
-                return counts if counts["keys"] else None
+                return counts if any(counts.values()) else None
             for table in schema.OF_USERS:
                 rows = sa.delete(table).where(table.c.user == user.key)
                 counts[table.name] = connection.execute(rows).rowcount
@@ -135,6 +137,8 @@ class Store(Responses, Pages, Sessions):
         own = sa.select(schema.users).where(schema.users.c.name == name)
         keys = sa.select(schema.keys.c.id, schema.keys.c.label).join(schema.key_users)
         queries = {"keys": keys.where(schema.key_users.c.name == name)}
+        spent = [column for column in schema.spend.c if column.name != "name"]
+        queries["spend"] = sa.select(*spent).where(schema.spend.c.name == name)
         with self.reading() as connection:
             user = connection.execute(own).one_or_none()
             if user is None:

@@ -1,5 +1,6 @@
 """The values that the store takes and returns, beside records."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,79 @@ class Job:
     error: str
     created: float
     updated: float
+
+
+NANO = 1_000_000_000
+"""Cost is counted in whole 1e-9 of money, so that sums are exact and equal in every database."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spend:
+    """Calls of LLMs, their tokens and what they cost."""
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    estimated_tokens: int = 0  # of these: what the LLM did not tell, by rule of thumb
+    unpriced_tokens: int = 0  # of these: of models whose price is not known; not in `cost`
+    cost: int = 0  # in 1e-9 of money
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+    @property
+    def money(self) -> float | None:
+        """The cost; None where no token has a price."""
+        return None if 0 < self.tokens <= self.unpriced_tokens else self.cost / NANO
+
+    def __add__(self, other: "Spend") -> "Spend":
+        return Spend(
+            self.calls + other.calls,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.estimated_tokens + other.estimated_tokens,
+            self.unpriced_tokens + other.unpriced_tokens,
+            self.cost + other.cost,
+        )
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Spender:
+    """On what a sum was spent."""
+
+    day: str  # ISO, of UTC
+    key: str = ""  # the public id of an API key; '' for none
+    user: str = ""  # '' for nobody
+    model: str = ""
+    kind: str = "request"  # request: the caller's own; samples; job; learn; other
+    user_key: int | None = None  # of the user's row at that time; None: there was none
+
+
+@dataclass(frozen=True, slots=True)
+class SpendGroup:
+    """A sum of what was spent."""
+
+    by: Mapping[str, str]  # such as {"day": "2026-11-30", "model": "gpt-4o"}
+    spend: Spend
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Total:
+    """What a limit is compared with."""
+
+    kind: str  # key or user
+    name: str
+    period: str  # 2026-11-30, 2026-11, or m and the minutes since 1970
+
+
+@dataclass(frozen=True, slots=True)
+class Limited:
+    """A key or user with a limit of its own."""
+
+    kind: str  # key or user
+    name: str
+    value: str
 
 
 @dataclass(frozen=True, slots=True)
