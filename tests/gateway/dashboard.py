@@ -109,9 +109,9 @@ def fill(store: Store, users: int = 3, records: int = 45) -> dict[str, str]:
 
 
 def add_figures(store: Store) -> None:
-    """Figures of a month, with more answers in the afternoons."""
+    """Figures of eight days, with more answers in the afternoons."""
     hour, counts = int(NOW) // HOUR * HOUR, dict[tuple[int, str, str], int]()
-    for ago in range(24 * 30):
+    for ago in range(24 * 8):
         many = 40 + 25 * (ago % 24 > 12) + ago % 7
         own = {("answer", "personal"): many, ("answer", "off-task"): many // 4}
         own |= {("answer", "not-relevant"): many // 9, ("answer", "no-user"): many // 8}
