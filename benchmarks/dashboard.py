@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,16 @@ def figures() -> Iterator[tuple[Any, ...]]:
             yield int(NOW) // HOUR * HOUR - ago * HOUR, kind, what, 100
 
 
+def spend(users: int) -> Iterator[tuple[Any, ...]]:
+    """Of each user on ten days."""
+    today = datetime.now(UTC).date()
+    for user in range(1, users + 1):
+        for n in range(10):
+            day = (today - timedelta(days=(user + 9 * n) % 90)).isoformat()
+            key, model = f"{user:012x}", f"model-{user % 5}"
+            yield day, key, name(user), model, "request", 5, 4000, 300, 0, 0, 1_000_000 * user
+
+
 def fill(url: str, users: int, each: int) -> None:
     """Tables by the program's own migrations, rows by COPY."""
     said = json.dumps({"said": {"rejected": True}})
@@ -96,6 +107,8 @@ def fill(url: str, users: int, each: int) -> None:
             (f"{n:012x}", f"{n:064x}", "of a user", False, NOW - n, True) for n in numbers
         ),
         "key_users (key, name)": ((f"{n:012x}", name(n)) for n in numbers),
+        "spend (day, key, name, model, kind, calls, prompt_tokens, completion_tokens,"
+        " estimated_tokens, unpriced_tokens, cost)": spend(users),
         "activity (hour, kind, name, count)": figures(),
     }
     with psycopg.connect(url.replace("+psycopg", "")) as connection, connection.cursor() as cursor:
@@ -177,6 +190,8 @@ def pages(users: int, each: int) -> dict[str, str]:
         "an answer": f"/answer?{of}&id=req_{users // 2}_3",
         "everything, to delete": f"/delete?{of}",
         "export": f"/export?{of}",
+        "spend, 30 days": "/spend",
+        "spend, 90 days": "/spend?days=90",
         "keys": "/keys",
         "keys, last page": f"/keys?after={last}",
         "a key, to revoke": "/keys/revoke?id=000000000001",

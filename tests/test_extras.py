@@ -69,6 +69,7 @@ COMMANDS = {
     ],
     "openai": [["llm", "check", "openai:m@http://127.0.0.1:1/v1"]],
     "mcp": [["mcp"]],
+    "otel": [["serve", "--llm", "fake:echo", "--port", "0", "--set", "traces=otlp"]],
     "embedded": [["llm", "check", "gguf:model.gguf"], ["llm", "check", "smollm2"]],
     "openvino": [["llm", "check", "openvino:model.gguf"]],
     "bench": [

@@ -39,7 +39,7 @@ BRINGS = {  # extra → the others that it holds
     "demo": ["bench", "embedded", "learn", "openai"],
     "learn": ["openai"],
     "report": ["bench", "learn", "openai"],
-    "all": ["bench", "demo", "embedded", "learn", "mcp", "openai", "report", "server"],
+    "all": ["bench", "demo", "embedded", "learn", "mcp", "openai", "otel", "report", "server"],
 }
 
 

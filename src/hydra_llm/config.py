@@ -99,13 +99,15 @@ class LLM(Group):
     """Price per million prompt tokens."""
     price_completion: float = Field(default=0.0, ge=0)
     """Price per million completion tokens."""
+    prices: Path | None = None
+    """TOML file of prices by model, above the list that is shipped; see docs/spend.md."""
     cache: Path = Field(default_factory=env.cache_folder)
     """Folder of the on-disk caches: LLM answers and encoder features."""
 
-    @field_validator("cache")
+    @field_validator("cache", "prices")
     @classmethod
-    def _home(cls, folder: Path) -> Path:
-        return env.expanded(folder)
+    def _home(cls, path: Path | None) -> Path | None:
+        return path and env.expanded(path)
 
 
 class Model(Group):

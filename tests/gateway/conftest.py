@@ -3,6 +3,7 @@ says what a test wants.
 """
 
 import asyncio
+import io
 import json
 import os
 import random
@@ -24,7 +25,9 @@ from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.gateway.app import make_app
 from hydra_llm.gateway.auth import Access
 from hydra_llm.gateway.embedded import EmbeddedUpstream
+from hydra_llm.gateway.request_log import logging_to_stderr
 from hydra_llm.gateway.settings import ServeSettings
+from hydra_llm.gateway.tracing import Tracing
 from hydra_llm.gateway.upstream import Head, Passed, UpstreamError
 from hydra_llm.gateway.user_cache import texts_of
 from hydra_llm.llm.fake import RuleLLM
@@ -250,6 +253,14 @@ def either(url: str) -> Iterator[Store]:
     store.close()
 
 
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+    """What a server with `--log json` writes."""
+    monkeypatch.setattr("sys.stderr", written := io.StringIO())
+    with logging_to_stderr("json"):
+        yield written
+
+
 @asynccontextmanager
 async def running(
     store: Store,
@@ -258,6 +269,7 @@ async def running(
     on_loopback: bool = True,
     admin_key: str = "",
     warm: bool = True,
+    tracing: Tracing | None = None,
     **settings: Any,
 ) -> AsyncIterator[World]:
     """A gateway that is up, and has encoded the records that are there. Its gate is off: most tests
@@ -272,6 +284,7 @@ async def running(
         bundle=bundle,
         llm=RuleLLM(anything),
         access=Access(on_loopback, admin_key),
+        tracing=tracing,
     )
     deployment = app.state.gateway.deployment
     if warm and deployment.bundle is not None:

@@ -28,7 +28,7 @@ OF_USER = [
 ]
 """Pages about one user."""
 OF_ADMIN = ["/activity", "/activity?span=week", "/keys", "/keys/revoke?id=x", "/jobs", "/bundle"]
-OF_ALL = ["", "/users", "/users?q=a", "/nothing"]
+OF_ALL = ["", "/users", "/users?q=a", "/spend", "/spend?days=7", "/nothing"]
 WITHOUT_SIGNING = ["/sign-in", f"/{signing.STYLE_NAME}", "/icon.svg"]
 FORMS: dict[str, dict[str, str]] = {
     "/user/switch": {"enabled": "no"},
@@ -562,5 +562,6 @@ def test_figures_of_two_servers_are_added(either: Store) -> None:
     for _ in range(2):
         either.add_activity({(3600, "answer", "personal"): 2, (0, "answer", "personal"): 1})
     assert [own.count for own in either.activity(3600)] == [4]
+    assert [(own.hour, own.count) for own in either.activity(0, 7200)] == [(0, 6)]
     either.prune_activity(3600)
     assert [own.hour for own in either.activity(0)] == [3600]

@@ -58,7 +58,7 @@ def test_no_request_is_answered_with_a_500(served: str) -> None:
 
         answer()
         tested.append(f"{operation.method} {operation.path}".lower())
-    assert len(tested) >= 26
+    assert len(tested) >= 29
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,13 @@ import pytest
 from hydra_llm.config import load_settings
 from hydra_llm.gateway.deployment import Deployment, open_deployment
 from hydra_llm.gateway.settings import ServeSettings
+from hydra_llm.gateway.spend import Ledger
 from hydra_llm.gateway.store_training import Worker
+from hydra_llm.gateway.telemetry import Telemetry
 from hydra_llm.gateway.user_cache import TimedReads
 from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.fake import RuleLLM
+from hydra_llm.llm.prices import load_prices
 from hydra_llm.store.store import Store
 from hydra_llm.types import Generation, Message
 
@@ -57,12 +60,16 @@ def calls_of_fit(store: Store, deployment: Deployment, first: Callable[[Worker],
         count += 1
         return anything(messages, index, rng)
 
-    worker = Worker(store, lambda: deployment, FarAway(rule))
+    ledger = Ledger(store, load_prices(), Telemetry())
+    worker = Worker(store, lambda: deployment, FarAway(rule), ledger)
     store.add_records("ada", records_of("ada"))
     store.add_job("fit", "ada", "fit")
     job = store.claim_job()
     assert job is not None
     worker.run(job)
+    ledger.flush()
+    assert [group.by for group in store.spend("kind")] in ([], [{"kind": "job"}])
+    assert store.spend()[0].spend.calls <= count, "a call that was taken back tells nothing"
     return count
 
 

@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import sqlite3
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from hydra_llm.errors import SettingsError
 from hydra_llm.gateway.auth import Access, admin_key_given, caller_of, make_key
 from hydra_llm.gateway.embedded import EmbeddedUpstream
 from hydra_llm.gateway.middleware import is_local
-from hydra_llm.gateway.request_log import Lines, logging_to_stderr
+from hydra_llm.gateway.request_log import Lines
 from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.upstream import HttpUpstream, UpstreamError
@@ -32,14 +32,6 @@ from .conftest import World, records_of, running
 
 pytestmark = pytest.mark.anyio
 ADA = "/v1/users/ada/records"
-
-
-@pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
-    """What a server with `--log json` writes."""
-    monkeypatch.setattr("sys.stderr", written := io.StringIO())
-    with logging_to_stderr("json"):
-        yield written
 
 
 def lines(log: io.StringIO) -> list[dict[str, Any]]:

@@ -248,7 +248,9 @@ def test_nobody_is_believed_without_a_proxy(
     assert not config.proxy_headers
 
 
-@pytest.mark.parametrize("bad", ["proxy=*", "proxy=10.0.0.1/8", "root_path=llm", "workers=0"])
+@pytest.mark.parametrize(
+    "bad", ["proxy=*", "proxy=10.0.0.1/8", "root_path=llm", "workers=0", "user_limits=5"]
+)
 def test_bad_settings_of_a_deployment_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: str
 ) -> None:

@@ -33,7 +33,7 @@ def test_sums_by_any_column(store: Store) -> None:
     assert [g.by["day"] for g in store.spend("day", "kind")] == ["2026-11-29", DAY]
     assert [g.by for g in store.spend("model", limit=1)] == [{"model": "m"}]
     assert store.spend("key", since=DAY, until=DAY)[0].by == {"key": "k1"}
-    assert store.spend(user="bob")[0].spend == ONE
+    assert store.spend(users=["bob"])[0].spend == ONE
     assert store.spend(key="k1", since="2026-12-01")[0].spend == Spend()
     assert store.counts()["spend"] == 2
 
@@ -103,13 +103,13 @@ def test_a_deleted_users_spend_is_nobodys(store: Store) -> None:
     assert store.limits() == [Limited("key", "both", "5/day")]
     # A request that was under way comes to its end.
     store.add_spend({spenders[1]: ONE}, {totals[0]: ONE})
-    assert store.spend(user="ada")[0].spend == Spend()
+    assert store.spend(users=["ada"])[0].spend == Spend()
     assert set(store.spent(totals)) == {Total("key", "both", DAY)}
     assert total(store) == before + ONE
     again = user_key(store, "ada")
     assert again != ada
     store.add_spend({spenders[1]: ONE})
-    assert store.spend(user="ada")[0].spend == Spend()
+    assert store.spend(users=["ada"])[0].spend == Spend()
 
 
 def test_a_user_of_whom_nothing_else_is_kept_is_deleted_too(store: Store) -> None:
@@ -166,4 +166,4 @@ def test_a_deletion_amid_additions_keeps_the_sums(store: Store) -> None:
     for thread in threads:
         thread.join()
     assert total(store).calls == len(added)
-    assert store.spend(user="ada")[0].spend == Spend()
+    assert store.spend(users=["ada"])[0].spend == Spend()

@@ -29,7 +29,16 @@ from hydra_llm.store.backup import backup, open_backup, restore
 from hydra_llm.store.change import StaleVersion
 from hydra_llm.store.database import create_engine
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Added, Key, Request, StoredFeedback, StoredHead, StoredResponse
+from hydra_llm.store.values import (
+    Added,
+    Key,
+    Request,
+    Spend,
+    Spender,
+    StoredFeedback,
+    StoredHead,
+    StoredResponse,
+)
 from hydra_llm.types import UNREADABLE, Query, Record
 from tests.waiting import until
 
@@ -484,6 +493,7 @@ def fill(store: Store, name: str, secret: str) -> None:
     store.add_job(f"job-{name}", name, "fit")
     store.update_job(f"job-{name}", 0, 0, state="failed", error=secret)
     store.add_key(Key(f"key-{name}", f"hash-{name}", secret, False, (name,), 1.0, None))
+    store.add_spend({Spender("2026-11-30", f"key-{name}", name, "m"): Spend(1, 5, 5)})
 
 
 def test_an_export_holds_all_that_a_deletion_deletes(store: Store) -> None:
@@ -493,10 +503,19 @@ def test_an_export_holds_all_that_a_deletion_deletes(store: Store) -> None:
     assert exported is not None
     assert deleted == {
         name: len(exported[name])
-        for name in ("feedback", "requests", "responses", "jobs", "heads", "records", "keys")
+        for name in (
+            "feedback",
+            "requests",
+            "responses",
+            "jobs",
+            "heads",
+            "records",
+            "keys",
+            "spend",
+        )
     }
     assert deleted["records"] == 50
-    assert set(deleted) == {table.name for table in schema.OF_USERS} | {"keys"}
+    assert set(deleted) == {table.name for table in schema.OF_USERS} | {"keys", "spend"}
 
 
 def test_deletion_leaves_no_byte_and_changes_nobody_else(store: Store, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ their tokens and seconds stand for the others'. The reranker's order, which is n
 learning, is taken to differ from the retriever's: an upper bound.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -20,8 +21,8 @@ from hydra_llm.history import in_order
 from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.cache import CachedLLM, key_of, request_of
 from hydra_llm.llm.concurrency import map_calls, run_sync
-from hydra_llm.llm.meter import Prices
 from hydra_llm.llm.none import is_none
+from hydra_llm.llm.prices import prices_of
 from hydra_llm.pipeline import UserPipeline
 from hydra_llm.prompt import PER_MESSAGE, estimate
 from hydra_llm.rerank import Reranker, record_text
@@ -43,7 +44,7 @@ class StageEstimate:
     calls: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    cost: float = 0.0
+    cost: float = math.nan  # NaN where no price of the LLM is known
     seconds: float = 0.0  # of the LLM, one call after the other
 
 
@@ -97,12 +98,13 @@ def estimate_cost(experiment: Experiment) -> CostEstimate:
     ratio = usage.prompt_tokens / max(1, sum(call.prompt_tokens for call in measured)) or 1.0
     per_text = usage.completion_tokens / max(1, sum(call.sampling.n for call in measured))
     second = usage.seconds / max(1, usage.prompt_tokens + usage.completion_tokens)
-    prices, stages = Prices(settings.price_prompt, settings.price_completion), []
+    prices, stages = prices_of(cache.identity, settings), []
     for name in dict.fromkeys([*llm.kept, *(call.stage for call in calls)]):
         own = [call for call in calls if call.stage == name]
         prompt = round(ratio * sum(call.prompt_tokens for call in own))
         completion = round(per_text * sum(call.sampling.n for call in own))
-        cost = prices.cost(Usage(prompt_tokens=prompt, completion_tokens=completion))
+        spent = Usage(prompt_tokens=prompt, completion_tokens=completion)
+        cost = prices.cost(spent) if prices else (math.nan if own else 0.0)
         kept, seconds = len(llm.kept.get(name, ())), second * (prompt + completion)
         stages.append(StageEstimate(name, kept, len(own), prompt, completion, cost, seconds))
     return CostEstimate(tuple(stages), len(measured), cache.parallel, texts, encoding)
@@ -112,7 +114,7 @@ def estimate_rows(cost: CostEstimate) -> list[dict[str, Any]]:
     """A row per stage, for the encoder, and the total; minutes are wall-clock time."""
     rows = [(stage, stage.seconds / cost.parallel) for stage in cost.stages]
     if cost.texts:
-        rows.append((StageEstimate(f"encode {cost.texts} texts"), cost.encoding))
+        rows.append((StageEstimate(f"encode {cost.texts} texts", cost=0.0), cost.encoding))
     return [
         {
             "stage": stage.stage,
@@ -120,7 +122,7 @@ def estimate_rows(cost: CostEstimate) -> list[dict[str, Any]]:
             "calls": stage.calls,
             "prompt tokens": stage.prompt_tokens,
             "answer tokens": stage.completion_tokens,
-            "money": round(stage.cost, 4),
+            "money": "no price" if math.isnan(stage.cost) else round(stage.cost, 4),
             "minutes": round(seconds / 60, 1),
         }
         for stage, seconds in [*rows, (cost.total, cost.seconds)]

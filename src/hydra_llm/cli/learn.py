@@ -44,6 +44,7 @@ def learn(
         with recording.opened(llm, settings) as model, console.progress() as report:
             learned = run(data, model, settings, out=out, progress=report, warn=console.say)
     elif store is not None and data is None:
+        from hydra_llm.gateway.spend import count_learning
         from hydra_llm.gateway.store_training import learn_from_store
 
         with opt.open_store(store):
@@ -51,8 +52,12 @@ def learn(
         # A temporary cache of LLM answers: they quote users, who may be deleted later.
         answers = out.with_name(f"{out.name}.answers.sqlite")
         model = wrap(bare_llm(llm, settings), settings, answers)
-        with console.progress() as report:
-            learned = learn_from_store(store, model, settings, out, task, report, console.say)
+        try:
+            with console.progress() as report:
+                learned = learn_from_store(store, model, settings, out, task, report, console.say)
+        finally:
+            with opt.open_store(store) as opened:
+                count_learning(opened, model, settings)
         run_sync(model.aclose)
         for end in ("", "-wal", "-shm"):
             answers.with_name(f"{answers.name}{end}").unlink(missing_ok=True)

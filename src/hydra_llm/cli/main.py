@@ -44,6 +44,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "users": ("hydra_llm.cli.users:app", "List, show, import, export and delete users."),
     "mcp": ("hydra_llm.cli.mcp:mcp", "Give an assistant a gateway's tools, over stdio (MCP)."),
     "keys": ("hydra_llm.cli.store:keys", "Create, list and revoke the gateway's API keys."),
+    "spend": ("hydra_llm.cli.spend:app", "Show what LLMs cost, and limit keys and users."),
     "bundles": ("hydra_llm.cli.store:bundles", "Set or show the bundle of running servers."),
     "store": ("hydra_llm.cli.store:maintenance", "Maintain the gateway's database."),
 }

@@ -13,8 +13,9 @@ from hydra_llm.cli import console
 from hydra_llm.cli import options as opt
 from hydra_llm.config import load_settings
 from hydra_llm.errors import SettingsError, StoreError
-from hydra_llm.extras import installed
+from hydra_llm.extras import installed, require
 from hydra_llm.llm.endpoint import without_userinfo
+from hydra_llm.llm.prices import load_prices
 
 if TYPE_CHECKING:
     from hydra_llm.store.store import Store
@@ -54,12 +55,15 @@ def serve(
     given = {name: value for name, value in flags.items() if value is not None}
     settings = load_serve_settings(options.config, **dict(options.pairs()) | given)
     check_tls(settings)
+    if settings.traces == "otlp":
+        require("otel", "traces=otlp")
     admin_key = admin_key_given()
     listening = bound(host, port)  # before anything is loaded: the port may be taken
     name = f"[{host}]" if ":" in host else host
     # Whoever reaches a proxy reaches the server behind it.
     local = is_local(f"http://{name}") and not settings.proxy
     here = load_settings(file=options.config)
+    load_prices(here.prices)
     service = Service(llm, store, settings, bundle, here, Access(local, admin_key))
     service.open_llm()  # before a store is made: there may be none
     _check_before_creation(store, bundle)

@@ -58,13 +58,15 @@ def list_jobs(http: Request, after: After = "", limit: Limit = 100) -> dict[str,
 
 @router.get("/activity")
 def activity(
-    http: Request, hours: Annotated[int, Query(ge=1, le=24 * ACTIVITY_DAYS)] = 24
+    http: Request,
+    hours: Annotated[int, Query(ge=1, le=24 * ACTIVITY_DAYS)] = 24,
+    step: Annotated[int, Query(ge=1, le=24 * ACTIVITY_DAYS, description="Hours of a row.")] = 1,
 ) -> dict[str, Any]:
     """What all servers of the store have answered, by hour: `answer` by reason, `pick` (`first`:
     the adapter left the first candidate), `upstream` and `own` seconds by upper bound.
     """
     since = int(time.time()) // HOUR * HOUR - (hours - 1) * HOUR
-    happened = gateway_of_admin(http).store.activity(since)
+    happened = gateway_of_admin(http).store.activity(since, step * HOUR)
     data = [[own.hour, own.kind, own.name, own.count] for own in happened]
     return {"object": "list", "columns": ["hour", "kind", "name", "count"], "data": data}
 

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from anyio.to_thread import run_sync
@@ -23,6 +24,7 @@ from hydra_llm.gateway import (
     message_routes,
     openai_routes,
     response_routes,
+    spend_routes,
     user_routes,
 )
 from hydra_llm.gateway.activity import ACTIVITY_DAYS
@@ -32,12 +34,16 @@ from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.middleware import ERRORS, AccessMiddleware, RootPath, error_response
 from hydra_llm.gateway.request_log import RequestLog
 from hydra_llm.gateway.settings import ServeSettings
+from hydra_llm.gateway.spend import FLUSH_SECONDS, Ledger, minute_of
+from hydra_llm.gateway.state_metrics import StateCollector
 from hydra_llm.gateway.store_training import Worker
 from hydra_llm.gateway.telemetry import Telemetry, log
 from hydra_llm.gateway.texts import Embedder
+from hydra_llm.gateway.tracing import Tracing, open_tracing
 from hydra_llm.gateway.upstream import Upstream
 from hydra_llm.gateway.user_cache import TimedReads
 from hydra_llm.llm.base import ChatLLM
+from hydra_llm.llm.prices import load_prices
 from hydra_llm.store.store import Store
 
 WATCH_SECONDS = 1.0
@@ -55,29 +61,34 @@ def make_app(
     llm: ChatLLM | None = None,
     here: Settings | None = None,
     access: Access | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The application. `bundle` is used until the store names one; `llm` labels candidates where a
     fit needs that; `here` has the settings that a bundle does not carry; `access` is by default
-    that of a server on loopback. Raises `BundleError` if there is no such bundle, `StoreError` if
-    the store fails.
+    that of a server on loopback, `tracing` that of the settings. Raises `BundleError` if there is
+    no such bundle, `StoreError` if the store fails.
     """
     settings = settings or ServeSettings()
     active, reads = store.bundle(), TimedReads(settings.store_timeout)
     folder = folder_of(active) if active else bundle
-    deployment = open_deployment(store, reads, folder, settings, here or load_settings())
-    gateway = Gateway(store, reads, upstream, settings, deployment, Telemetry(), active)
+    here = here or load_settings()
+    deployment = open_deployment(store, reads, folder, settings, here)
+    telemetry = Telemetry(tracing or open_tracing(settings.traces))
+    ledger = Ledger(store, load_prices(here.prices), telemetry)
+    gateway = Gateway(store, reads, upstream, settings, deployment, telemetry, ledger, active)
+    telemetry.state.register(StateCollector(gateway))
     about = {"title": "hydra-llm", "version": __version__, "static_url": "/docs/static"}
     app = FastAPIOffline(**about, lifespan=_lifespan, redoc_url=None)  # /docs from here alone
     app.state.bundle = bundle  # until the store names one
     app.state.gateway, app.state.readiness = gateway, health.Readiness(gateway)
-    app.state.worker = Worker(store, lambda: gateway.deployment, llm)
+    app.state.worker = Worker(store, lambda: gateway.deployment, llm, ledger)
     app.state.embedder = Embedder()
     if settings.dashboard:
         from hydra_llm.gateway import ui  # what needs no dashboard needs no templates
 
         ui.add_to(app, store, access or Access(), settings)
     routes = (openai_routes, response_routes, message_routes, user_routes, admin_routes)
-    for module in (*routes, mcp_routes, health, forward):  # the last one takes what is left
+    for module in (*routes, spend_routes, mcp_routes, health, forward):  # the last takes the rest
         app.include_router(module.router)
     for kind in ERRORS:
         app.add_exception_handler(kind, error_response)
@@ -106,13 +117,16 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     gateway, worker = app.state.gateway, app.state.worker
     upstream = gateway.upstream
     worker.thread.start()
-    tasks = [asyncio.create_task(part(gateway)) for part in (_watch, _prune, _count)]
+    work = (_watch, _prune, _flush, _count)
+    tasks = [asyncio.create_task(do(gateway)) for do in work]
     yield
     for task in tasks:
         task.cancel()
     await run_sync(worker.close)
     await run_sync(gateway.deployment.batcher.close)
     await run_sync(gateway.telemetry.activity.keep, gateway.store)
+    await run_sync(gateway.ledger.flush)
+    await run_sync(gateway.telemetry.tracing.close)
     await upstream.aclose()
 
 
@@ -150,5 +164,24 @@ async def _prune(gateway: Gateway) -> None:
             before = time.time() - gateway.settings.retention_days * DAY
             await run_sync(gateway.store.prune, before)
             await run_sync(gateway.store.prune_activity, time.time() - ACTIVITY_DAYS * DAY)
+            await run_sync(_prune_spend, gateway)
             await run_sync(gateway.store.truncate_log)
         await asyncio.sleep(PRUNE_SECONDS)
+
+
+def _prune_spend(gateway: Gateway) -> None:
+    now = datetime.now(UTC)
+    last = now - timedelta(days=1)  # a server whose clock is behind adds to it yet
+    gateway.store.prune_totals(f"{last:%Y-%m-%d}", f"{last:%Y-%m}", minute_of(now, 5))
+    oldest = now - timedelta(days=gateway.settings.spend_days)
+    gateway.store.forget_spenders(f"{oldest:%Y-%m-%d}")
+
+
+async def _flush(gateway: Gateway) -> None:
+    """Write what was spent by those who have no limit."""
+    while True:
+        await asyncio.sleep(FLUSH_SECONDS)
+        try:
+            await run_sync(gateway.ledger.flush)
+        except Exception as error:  # the next sums must be written all the same
+            gateway.telemetry.failed("spend", error)

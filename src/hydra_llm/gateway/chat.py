@@ -11,11 +11,14 @@ from fastapi.responses import StreamingResponse
 
 from hydra_llm.gateway.auth import UNVERIFIED, Caller
 from hydra_llm.gateway.chunks import DONE, chunks_of, event, role_chunk
-from hydra_llm.gateway.gateway import Gateway, RoutedRequest
+from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.identity import NamedUser, named_user
 from hydra_llm.gateway.middleware import ClientGone
+from hydra_llm.gateway.routed import RoutedRequest
 from hydra_llm.gateway.schemas import ChatRequest, Json, chat_request
-from hydra_llm.gateway.telemetry import Span, chat_span, note
+from hydra_llm.gateway.spend_limits import admit
+from hydra_llm.gateway.telemetry import note, note_usage
+from hydra_llm.gateway.tracing import Span
 from hydra_llm.gateway.upstream import Body, UpstreamError
 
 LIMIT = "max_tokens"
@@ -63,7 +66,8 @@ async def answer_chat(
 ) -> Response:
     """Answer a chat request, `asked` as parsed and `body` as sent, as the user would want."""
     gateway: Gateway = http.app.state.gateway
-    with chat_span(asked.model) as span:
+    await admit(http, user.id)
+    with gateway.telemetry.tracing.request(asked.model, http.headers) as span:
 
         async def answered() -> Response:
             routed = await gateway.route(asked, body, user.id)
@@ -75,7 +79,7 @@ async def answer_chat(
             if asked.stream:
                 return await _stream(gateway, routed, wire, span)
             completion, routed = await gateway.answer(routed)
-            span.spent(completion)
+            _spent(completion, routed, span)
             return Json(await wire.whole(completion, routed), headers=_headers(routed))
 
         response = await while_connected(http, answered())
@@ -130,6 +134,7 @@ async def _stream(gateway: Gateway, routed: RoutedRequest, wire: Wire, span: Spa
             routed = gateway.without_records(routed, error)
             pieces = await _begun(gateway.stream(routed))
         gateway.telemetry.answered(routed.reason, routed.seconds)
+        span.set(hydra__reason=routed.reason or "personal")
     span.streams = True
     headers = _headers(routed) | {"cache-control": "no-cache"}
     content = span.around(wire.stream(pieces, routed))
@@ -169,13 +174,19 @@ async def _stream_pick(gateway: Gateway, routed: RoutedRequest, span: Span) -> A
         return
     finally:
         answer.cancel()
-    span.spent(completion)
+    _spent(completion, routed, span)
     completion = {**completion, "id": id}
     if routed.reason is not None and gateway.settings.personalization:  # the header is out already
         completion["personalization"] = {"personalized": False, "reason": routed.reason}
     for chunk in chunks_of(completion, usage=bool(options.get("include_usage"))):
         yield event(chunk)
     yield DONE
+
+
+def _spent(completion: Body, routed: RoutedRequest, span: Span) -> None:
+    note_usage(completion.get("usage"))
+    span.spent(completion)
+    span.set(hydra__reason=routed.reason or "personal")
 
 
 def _headers(routed: RoutedRequest) -> dict[str, str]:

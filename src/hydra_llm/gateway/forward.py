@@ -20,6 +20,7 @@ from hydra_llm.gateway.identity import hide_user, hide_user_in_form
 from hydra_llm.gateway.middleware import ClientGone, ConnectionCut
 from hydra_llm.gateway.sampling import without
 from hydra_llm.gateway.schemas import ApiError
+from hydra_llm.gateway.spend_limits import admit
 from hydra_llm.gateway.upstream import Passed, UpstreamError
 
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
@@ -52,6 +53,8 @@ async def forward(http: Request) -> Response:
 async def pass_on(http: Request, path: str) -> Response:
     """The upstream's response to a request for a path, with the user hidden."""
     gateway: Gateway = http.app.state.gateway
+    gateway.telemetry.tracing.adopt(http.headers)
+    await admit(http, None)  # the key; the user, once the body is read
     headers = {name: value for name in PASSED if (value := http.headers.get(name, "")).isascii()}
     headers = {name: value for name, value in headers.items() if value}
     try:
@@ -81,7 +84,10 @@ async def _content(http: Request, gateway: Gateway) -> bytes | AsyncIterator[byt
             body = _json(await http.body())
             if not isinstance(body, dict):
                 return await http.body()
-            user_of(http, body)  # may the caller speak for the user?
+            user = user_of(http, body).id  # may the caller speak for the user?
+            if user is not None:
+                await admit(http, user)
+                await gateway.read_payer(user)
             hidden = hide_user(without(body, "personalization"), gateway.salt, fields)
             return json.dumps(hidden).encode()
         case "multipart/form-data" if named := re.search(r'boundary="?([^";]+)', options):
@@ -106,7 +112,7 @@ def _json(content: bytes) -> Any:
 
 async def _answered(gateway: Gateway, sent: Passed) -> Response:
     """The response that has begun; one that is cut, or too large, must not look whole."""
-    head, body = await gateway.upstream.forward(sent)
+    head, body = await gateway.metered.forward(sent)
     most = gateway.settings.max_body_bytes
 
     async def pieces() -> AsyncIterator[bytes]:

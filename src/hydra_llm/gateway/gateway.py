@@ -4,10 +4,10 @@ passed through, the retriever's order is kept, or the first choice is the answer
 """
 
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
-from secrets import token_hex
 from typing import Any
 
 from hydra_llm.errors import HydraError
@@ -15,7 +15,14 @@ from hydra_llm.gateway.batching import Overloaded
 from hydra_llm.gateway.chunks import StreamReader, chunk_head, delta, event
 from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.identity import hide_user
-from hydra_llm.gateway.reply import personalization_of
+from hydra_llm.gateway.metered import MeteredUpstream
+from hydra_llm.gateway.routed import (
+    NotPersonal,
+    PersonalRequest,
+    RoutedRequest,
+    asked_question,
+    personalization_of,
+)
 from hydra_llm.gateway.sampling import Body, CandidateSampler, without
 from hydra_llm.gateway.schemas import ChatRequest, PersonalizationOptions
 from hydra_llm.gateway.scoring import (
@@ -28,99 +35,18 @@ from hydra_llm.gateway.scoring import (
     without_words,
 )
 from hydra_llm.gateway.settings import ServeSettings
-from hydra_llm.gateway.structured import Form, form_of, is_text, question_of
+from hydra_llm.gateway.spend import Ledger, paying
+from hydra_llm.gateway.spend_limits import Limits
+from hydra_llm.gateway.structured import form_of, is_text
 from hydra_llm.gateway.telemetry import Telemetry, note
 from hydra_llm.gateway.turns import asking
 from hydra_llm.gateway.upstream import Upstream, UpstreamError, usage_of
 from hydra_llm.gateway.user_cache import TimedReads, texts_of
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request
-from hydra_llm.tasks.base import PromptWords
-from hydra_llm.text import repair
-from hydra_llm.types import Record
 
-COMPLETION_ID = "chatcmpl-"
-"""Prefix of a personal completion's id; the request's id follows, so that feedback may name it."""
+UNREAD = ("disabled", "no-question")  # reasons of which no user was read
 RECORDS_REFUSED = (400, 413, 422)  # statuses of an upstream that may not take the records
-
-
-class NotPersonal(Exception):
-    """A request is passed through, for the reason in the message."""
-
-
-@dataclass(frozen=True)
-class RoutedRequest:
-    """What the upstream will be asked."""
-
-    asked: ChatRequest  # what the gateway knows of it
-    body: Body  # with records in its messages, if personal
-    plain: Body  # as the caller wrote it
-    deployment: Deployment
-    reason: str | None = None  # why it is not personal; None where it is
-    id: str = field(default_factory=lambda: f"req_{token_hex(12)}")
-    seconds: dict[str, float] = field(default_factory=dict)
-    beside: Sequence[Any] = ()  # messages of other prompts, each asked in place of a sample
-    candidates: int = 1  # how many to ask for; more only with an adapter and an encoded history
-
-    @property
-    def n(self) -> int:  # choices that the caller wants
-        return self.asked.n or 1
-
-    @property
-    def completion_id(self) -> str:
-        return f"{COMPLETION_ID}{self.id}"
-
-    @property
-    def options(self) -> PersonalizationOptions:
-        return self.asked.personalization or PersonalizationOptions()
-
-    def passed_through(self, reason: str) -> "RoutedRequest":
-        """The same request as the caller wrote it."""
-        return RoutedRequest(
-            asked=self.asked,
-            body=self.plain,
-            plain=self.plain,
-            deployment=self.deployment,
-            reason=reason,
-            id=self.id,
-            seconds=self.seconds,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PersonalRequest(RoutedRequest):
-    """A request with a user's records in its messages."""
-
-    search: RecordSearch
-    prompt_records: tuple[Record, ...]
-    in_task_words: bool  # whether the question is the task's instruction around a text
-    form: Form
-    words: PromptWords | None  # what its prompt says around the records, if that may be repeated
-
-    @property
-    def unscored(self) -> str:
-        """Why the LLM is asked for one text, which no adapter scores."""
-        bundle = self.deployment.bundle
-        if self.form == "fixed":
-            return "not-text"
-        if bundle is None or not bundle.adapter:
-            return "no-bundle" if bundle is None else "no-adapter"
-        return "one-sample" if self.search.warm else "not-encoded"
-
-    @property
-    def sample_if(self) -> Callable[[Body], bool] | None:
-        """Whether an answer can be scored, where only it shows that; None where any can."""
-        task = self.deployment.pipeline.task
-        in_chat = bool(task.labels) and not self.in_task_words
-        if self.form == "text" and (not in_chat or task.prompt.strip() == "{input}"):
-            return None
-
-        def scorable(completion: Body) -> bool:
-            choices = completion["choices"]
-            label = not in_chat or task.parse(choice_texts(choices)[0], "strict")
-            return bool(label) and all(map(is_text, choices))
-
-        return scorable
 
 
 @dataclass(eq=False)
@@ -133,11 +59,18 @@ class Gateway:
     settings: ServeSettings
     deployment: Deployment
     telemetry: Telemetry
+    ledger: Ledger
     active_bundle: str | None = None  # the bundle that the store named last
 
     def __post_init__(self) -> None:
         self.salt = self.store.salt()  # of pseudonyms
+        self.limits = Limits(self.store, self.settings.key_limits, self.settings.user_limits)
         self._sampler = CandidateSampler(self.telemetry, self.settings.deadline)
+
+    @property
+    def metered(self) -> MeteredUpstream:
+        """The upstream, with its calls counted."""
+        return MeteredUpstream(self.upstream, self.ledger, self.telemetry)
 
     # ---- before the upstream
 
@@ -156,14 +89,22 @@ class Gateway:
                 raise NotPersonal("no-user")
             return await self._personalized(routed, user)
         except NotPersonal as reason:
+            if user is not None and str(reason) in UNREAD:
+                await self.read_payer(user)
             return routed.passed_through(str(reason))
+
+    async def read_payer(self, user: str) -> None:
+        """Note on the bill whom the store knows: the user may be deleted until it is paid."""
+        if (bill := paying.get()) is not None:
+            with suppress(HydraError):
+                bill.known((await self.reads.read(partial(self.store.state, user))).version)
 
     async def _personalized(self, routed: RoutedRequest, user: str) -> PersonalRequest:
         """The request with records in its messages."""
         started = time.perf_counter()
         options, plain, deployment = routed.options, routed.plain, routed.deployment
         settings, form = deployment.pipeline.settings, form_of(plain)
-        search = await self.search(deployment, user, _question(routed), options, answers=True)
+        search = await self.search(deployment, user, asked_question(routed), options, answers=True)
         shown = search.ranked[: settings.k if options.k is None else options.k]
         prompt, *beside = deployment.pipeline.render_all(
             search.context.query,
@@ -208,6 +149,8 @@ class Gateway:
         except Exception as error:
             self.telemetry.failed("store", error)
             raise NotPersonal("store-failure") from None
+        if (bill := paying.get()) is not None:
+            bill.known(None if user is None else user.version)
         if user is None:
             raise NotPersonal("unknown-user")
         if answers and user.off:
@@ -225,6 +168,7 @@ class Gateway:
             in_task_words=within is not None,
             gated=options.gate,
         )
+        search.span = self.telemetry.tracing.parent
         try:
             await deployment.batcher.run(search.run, [text], user=name, pairs=search.pairs)
         except Exception as error:
@@ -246,14 +190,16 @@ class Gateway:
         started = time.perf_counter()
         temperature = request.deployment.pipeline.settings.temperature
         try:
-            completions, greedy = await self._sampler.sample(
-                self.upstream,
-                request.body,
-                request.candidates,
-                temperature,
-                request.sample_if if isinstance(request, PersonalRequest) else None,
-                beside=request.beside,
-            )
+            with self.telemetry.tracing.stage("sample", hydra__asked=request.candidates) as span:
+                completions, greedy = await self._sampler.sample(
+                    self.metered,
+                    request.body,
+                    request.candidates,
+                    temperature,
+                    request.sample_if if isinstance(request, PersonalRequest) else None,
+                    beside=request.beside,
+                )
+                span.set(hydra__answers=sum(len(one["choices"]) for one in completions))
         except UpstreamError as error:
             return await self.answer(self.without_records(request, error))
         request.seconds["upstream"] = time.perf_counter() - started
@@ -267,7 +213,9 @@ class Gateway:
         if request.words is not None:
             choices = [without_words(request.words, choice) for choice in choices]
         note(candidates=len(choices))
-        ranked = await self._rank(request, choices, greedy)
+        with self.telemetry.tracing.stage("select", hydra__candidates=len(choices)) as span:
+            ranked = await self._rank(request, choices, greedy)
+            span.set(hydra__reason=ranked.unscored or "scored", hydra__abstained=ranked.abstained)
         choices = [{**choice, "index": i} for i, choice in enumerate(ranked.choices[: request.n])]
         answer = {"id": request.completion_id, "choices": choices, "usage": usage_of(completions)}
         completion = {**completions[0], **answer}
@@ -348,7 +296,7 @@ class Gateway:
         started = time.perf_counter()
         words = request.words if isinstance(request, PersonalRequest) and request.n == 1 else None
         reader = StreamReader(request.completion_id, words)
-        async for piece in self.upstream.stream({**request.body, "stream": True}):
+        async for piece in self.metered.stream({**request.body, "stream": True}):
             if reader.ended or not isinstance(request, PersonalRequest):
                 yield piece
                 continue
@@ -377,14 +325,3 @@ class Gateway:
         head = {**chunk_head(id, request.body["model"]), **reader.head, "id": id}
         personalization = personalization_of(request, ranked, kept)
         return event({**head, "choices": [delta(0, {})], "personalization": personalization})
-
-
-def _question(routed: RoutedRequest) -> str:
-    """The question of a request that may be personal."""
-    if not routed.options.enabled:
-        raise NotPersonal("disabled")
-    messages = routed.plain["messages"]
-    question = question_of(messages)
-    if not question.strip():
-        raise NotPersonal("no-question")
-    return repair(question)

@@ -8,9 +8,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from hydra_llm.gateway.chat import answer_id, answer_translated, user_of
-from hydra_llm.gateway.gateway import RoutedRequest
 from hydra_llm.gateway.messages import PREFIX, MessageWriter, count_tokens, error_event, to_chat
 from hydra_llm.gateway.pieces import chunks_in, named_event
+from hydra_llm.gateway.routed import RoutedRequest
 from hydra_llm.gateway.schemas import MessageRequest, PromptRequest
 from hydra_llm.gateway.upstream import Body
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from functools import partial
 from urllib.parse import quote, unquote, urlsplit
 
+from anyio.to_thread import run_sync
 from cachetools import LRUCache, TTLCache
 from fastapi.exceptions import RequestValidationError
 from starlette._utils import get_route_path  # the router's own: keys are checked for what it sees
@@ -24,6 +25,7 @@ from hydra_llm.gateway.batching import Overloaded
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.messages import error_body
 from hydra_llm.gateway.schemas import ApiError, Json
+from hydra_llm.gateway.spend import Bill, paying
 from hydra_llm.gateway.telemetry import log
 
 OPEN_PATHS = ("/health/", "/metrics", "/docs", "/openapi.json")  # need no key
@@ -60,11 +62,17 @@ class AccessMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = False
+        started, bill = False, Bill()
+        paying.set(bill)
+        ledger = self._gateway.ledger
 
         async def watched(message: Message) -> None:
             nonlocal started
             started = True
+            if bill.limited and bill.spent and not message.get("more_body", False):
+                # Before the end is told: the next request must find what this one has spent.
+                ledger.take(bill)
+                await run_sync(ledger.flush)
             await send(message)
 
         state = scope.setdefault("state", {})
@@ -74,6 +82,7 @@ class AccessMiddleware:
         try:
             if not self._is_open(get_route_path(scope)):
                 await self._authorize(scope)
+                bill.key = scope["state"]["caller"].key
             await self._app(scope, self._limited(scope, receive), watched)
         except ConnectionCut:
             raise
@@ -88,6 +97,7 @@ class AccessMiddleware:
             response = await error_response(Request(scope), error)
             await response(scope, receive, send)
         finally:
+            ledger.take(bill)
             state["route"] = getattr(scope.get("route"), "path", "unknown")
 
     def _is_open(self, path: str) -> bool:

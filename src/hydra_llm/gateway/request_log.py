@@ -19,7 +19,7 @@ requests = logging.getLogger("hydra_llm.gateway.requests")
 CLIENT_GONE = 499  # the status of a request whose client hung up, as nginx has it
 FIELDS = (
     *("tool", "tool_error", "reason", "candidates"),
-    *("prompt_tokens", "completion_tokens", "upstream", "seconds"),
+    *("prompt_tokens", "completion_tokens", "cost", "upstream", "seconds"),
 )
 
 

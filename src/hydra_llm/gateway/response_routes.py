@@ -16,9 +16,10 @@ from fastapi import APIRouter, Query, Request, Response
 from hydra_llm.errors import HydraError
 from hydra_llm.gateway.auth import Caller
 from hydra_llm.gateway.chat import answer_id, answer_translated, user_of
-from hydra_llm.gateway.gateway import Gateway, RoutedRequest
+from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.pieces import chunks_in
 from hydra_llm.gateway.responses import PREFIX, Item, ResponseWriter, to_chat
+from hydra_llm.gateway.routed import RoutedRequest
 from hydra_llm.gateway.schemas import ApiError, Id, Json, ResponseRequest
 from hydra_llm.gateway.upstream import Body
 from hydra_llm.store.values import StoredResponse

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from hydra_llm.gateway.spend import drawing
 from hydra_llm.gateway.telemetry import Telemetry
 from hydra_llm.gateway.upstream import Upstream, UpstreamError, learn_samples
 from hydra_llm.llm.endpoint import CapabilityCache
@@ -89,6 +90,7 @@ class CandidateSampler:
         results: list[Any] = [late] * len(bodies)
 
         async def complete(place: int, body: Body) -> None:
+            drawing.set("request" if own and place == 0 else "samples")  # of this task alone
             try:
                 results[place] = await upstream.complete(body)
             except UpstreamError as error:

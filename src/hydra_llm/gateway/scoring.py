@@ -42,6 +42,7 @@ class RecordSearch:
     beside: list[list[Ranked]] = field(default_factory=list, init=False)
     """The records of each prompt that is asked beside the first; none before `warm`."""
     reason: str = field(default="", init=False)  # why no record may be used; empty if some may
+    span: Any = field(default=None, init=False)  # around the search, in the request's own task
 
     @cached_property
     def context(self) -> Context:
@@ -57,7 +58,9 @@ class RecordSearch:
         pipeline, visible = deployment.pipeline, self.context.visible
         if deployment.searches_vectors and not deployment.users.is_warm(self.user, visible):
             pipeline = replace(pipeline, retriever=deployment.words)
-        retrieved = pipeline.retrieve(self.context, self.k)
+        with self.telemetry.tracing.stage("retrieve", self.span) as span:
+            retrieved = pipeline.retrieve(self.context, self.k)
+            span.set(hydra__records=len(visible), hydra__retrieved=len(retrieved))
         self.seconds["retrieve"] = time.perf_counter() - started
         return retrieved
 
@@ -67,6 +70,12 @@ class RecordSearch:
 
     def run(self) -> None:
         """Rank the records that pass the gate."""
+        with self.telemetry.tracing.stage("rerank", self.span) as span:
+            self._run()
+            shown, reason = len(self.ranked), self.reason or "relevant"
+            span.set(hydra__relevant=shown, hydra__warm=self.warm, hydra__reason=reason)
+
+    def _run(self) -> None:
         pipeline, visible = self.deployment.pipeline, self.context.visible
         words = self.in_task_words
         if not self.gated:

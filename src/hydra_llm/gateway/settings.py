@@ -91,6 +91,8 @@ class ServeSettings(config.Group):
     """Prefix of the paths behind a reverse proxy, as /llm, whether the proxy removes it or not."""
     log: Literal["text", "json", "off"] = "text"
     """A line on stderr per request; off: failures only."""
+    traces: Literal["off", "otlp"] = "off"
+    """otlp: spans to the endpoint of OTEL_EXPORTER_OTLP_ENDPOINT (HTTP); needs the extra `otel`."""
     cors_origins: tuple[str, ...] = ()
     """Origins of browser applications, separated by commas, as https://app.example; * is any."""
 
@@ -107,6 +109,9 @@ class ServeSettings(config.Group):
     retention_days: float = Field(default=30.0, ge=0)
     """Days that answered requests are kept for feedback, and responses for conversations."""
 
+    spend_days: int = Field(default=400, ge=1)
+    """Days after which what was spent is nobody's, and of no key; the sums stay."""
+
     # ---- limits
     max_body_bytes: int = Field(default=16 * 2**20, ge=1024)
     """Max size of a request body; the rest of a longer one is not read."""
@@ -118,6 +123,10 @@ class ServeSettings(config.Group):
     """Max characters of a record's input or output."""
     requests_per_minute: int | None = Field(default=None, ge=1)
     """Rate limit per key and server process; None is no limit."""
+    key_limits: str = ""
+    """What each key may spend: 5/day, 100/month (money), 20000 tokens/minute; of all servers."""
+    user_limits: str = ""
+    """What each user may spend, written as `key_limits`."""
     users_in_memory: int = Field(default=10_000, ge=1)
     """Max users whose histories and heads are cached in memory; others are read from the store."""
     drain: float | None = Field(default=None, ge=0)
@@ -160,6 +169,15 @@ class ServeSettings(config.Group):
                 form = "write a proxy as an address or a network, 10.0.0.7 or 10.0.0.0/8"
                 raise ValueError(f"{form}: '{proxy}'") from None
         return proxies
+
+    @field_validator("key_limits", "user_limits")
+    @classmethod
+    def _limits(cls, text: str) -> str:
+        if text.strip():
+            from hydra_llm.gateway.spend_limits import parse_limits  # which needs the store
+
+            parse_limits(text)
+        return text
 
     @field_validator("root_path")
     @classmethod

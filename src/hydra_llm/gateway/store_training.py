@@ -16,6 +16,7 @@ from hydra_llm.errors import DataError, HydraError
 from hydra_llm.gateway.auth import pseudonym
 from hydra_llm.gateway.deployment import ANY_TASK, Deployment
 from hydra_llm.gateway.feedback import heads_after, with_choices
+from hydra_llm.gateway.spend import Bill, Ledger, PaidLLM
 from hydra_llm.gateway.telemetry import log
 from hydra_llm.gateway.user_cache import texts_of, to_stored
 from hydra_llm.llm.base import ChatLLM
@@ -43,8 +44,14 @@ class Stopped(Exception):
 class Worker:
     """Runs the store's jobs, one after the other; `wake` is set to look for a job now."""
 
-    def __init__(self, store: Store, deployment: Callable[[], Deployment], llm: ChatLLM | None):
-        self._store, self._deployment, self._llm = store, deployment, llm
+    def __init__(
+        self,
+        store: Store,
+        deployment: Callable[[], Deployment],
+        llm: ChatLLM | None,
+        ledger: Ledger,
+    ):
+        self._store, self._deployment, self._llm, self._ledger = store, deployment, llm, ledger
         self.wake, self._ended = threading.Event(), False
         self.thread = threading.Thread(target=self._run, name="jobs", daemon=True)
 
@@ -105,7 +112,12 @@ class Worker:
             features.keep = False
             with closing(features), suppress(StaleVersion):
                 bundle = replace(deployment.bundle, features=features)
-                heads = self._fitted(bundle, job, readable, judged)
+                bill = Bill(user=job.user)
+                bill.known(version)
+                try:
+                    heads = self._fitted(bundle, job, readable, judged, bill)
+                finally:
+                    self._ledger.take(bill)
                 with self._store.change(job.user, version=version) as change:
                     change.put_heads(deployment.id, to_stored(heads))
                     if deployment.users.need_features:
@@ -121,6 +133,7 @@ class Worker:
         job: Job,
         records: Sequence[Record],
         judged: Sequence[StoredFeedback],
+        bill: Bill,
     ) -> dict[str, Head]:
         """The user's heads, fitted on these records and updated by the feedback that is in none."""
         from hydra_llm.training.api import fit
@@ -134,7 +147,8 @@ class Worker:
             if self._ended or not self._store.update_job(job.id, done, total):
                 raise Stopped
 
-        learned = fit(data, bundle, self._llm, users=[job.user], progress=progress)
+        paid = PaidLLM(self._llm, bill, self._ledger)
+        learned = fit(data, bundle, paid, users=[job.user], progress=progress)
         heads, adapter = learned.bundle.heads_of(job.user), bundle.adapter
         if judged and adapter is not None and adapter.updates_online:
             heads |= heads_after(bundle, job.user, heads, judged)

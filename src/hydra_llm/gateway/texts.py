@@ -13,8 +13,8 @@ from hydra_llm.errors import MissingExtra
 from hydra_llm.gateway.batching import MicroBatcher
 from hydra_llm.gateway.chunks import DONE, event
 from hydra_llm.gateway.deployment import Deployment, open_features
-from hydra_llm.gateway.gateway import RoutedRequest
 from hydra_llm.gateway.pieces import chunks_in
+from hydra_llm.gateway.routed import RoutedRequest
 from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.llm.wire import text_of
 from hydra_llm.model.feature_cache import FeatureCache

@@ -21,6 +21,7 @@ from hydra_llm.environment import http_client_faults
 from hydra_llm.gateway.chunks import chunk_of, ends_answer
 from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.gateway.telemetry import note, note_usage
+from hydra_llm.gateway.tracing import outgoing
 from hydra_llm.llm.endpoint import CapabilityCache, Endpoint, Refusal
 from hydra_llm.llm.sse import Event, EventReader
 from hydra_llm.llm.wire import WireError, error_in, failure, json_of, tokens_of
@@ -214,7 +215,8 @@ class HttpUpstream:
         the endpoint may have closed an idle connection while the request was on its way.
         """
         try:
-            request = self._client.build_request(method, path, content=content, headers=headers)
+            sent = {**headers, **outgoing.get()}
+            request = self._client.build_request(method, path, content=content, headers=sent)
             if query:
                 request.url = request.url.copy_with(query=query.encode())
             try:

@@ -21,8 +21,9 @@ from hydra_llm.errors import HydraError, StoreError, UserFault
 from hydra_llm.gateway import user_data
 from hydra_llm.gateway.auth import Caller, pseudonym
 from hydra_llm.gateway.feedback import take_feedback
-from hydra_llm.gateway.gateway import Gateway, NotPersonal
+from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.profile import describe, in_words, leanings
+from hydra_llm.gateway.routed import NotPersonal
 from hydra_llm.gateway.schemas import (
     MAX_ID,
     ApiError,
@@ -36,6 +37,7 @@ from hydra_llm.gateway.schemas import (
     SwitchIn,
     id_fault,
 )
+from hydra_llm.gateway.spend_limits import admit
 from hydra_llm.gateway.telemetry import log
 from hydra_llm.gateway.user_cache import texts_of
 from hydra_llm.history import parse_time
@@ -181,12 +183,14 @@ async def feedback(sent: FeedbackIn, http: Request) -> dict[str, Any]:
 
 
 @router.post("/users/{user}/fit", status_code=202)
-def fit(user: User, http: Request) -> dict[str, Any]:
+async def fit(user: User, http: Request) -> dict[str, Any]:
     """Fit the user's heads on all records, as a job."""
     gateway = _gateway(http, user)
     if gateway.deployment.bundle is None:
         raise ApiError(409, "there is no bundle yet: learn one first", code="no_bundle")
-    job = gateway.store.add_job(f"job_{token_hex(12)}", user, "fit")
+    await admit(http, user)  # the LLM may have to label candidates
+    id = f"job_{token_hex(12)}"
+    job = await run_sync(gateway.store.add_job, id, user, "fit")
     if job is None:
         raise _no_such_user()
     http.app.state.worker.wake.set()

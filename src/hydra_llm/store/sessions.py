@@ -47,14 +47,15 @@ class Sessions(Database):
                 place = ["hour", "kind", "name"]
                 connection.execute(row.on_conflict_do_update(index_elements=place, set_=more))
 
-    def activity(self, since: float) -> list[Happened]:
-        """What happened since a time, in order."""
+    def activity(self, since: int, step: int = 3600) -> list[Happened]:
+        """What happened since a time, in sums of `step` seconds, in order."""
         table = schema.activity.c
-        columns = (table.hour, table.kind, table.name, table["count"])
-        query = sa.select(*columns).where(table.hour >= since)
-        return [
-            Happened(*row) for row in self.rows(query.order_by(table.hour, table.kind, table.name))
-        ]
+        begin = (table.hour - (table.hour - since) % step).label("begin")
+        count = sa.cast(sa.func.sum(table["count"]), sa.BigInteger)
+        query = sa.select(begin, table.kind, table.name, count).where(table.hour >= since)
+        groups = (sa.text("begin"), table.kind, table.name)
+        rows = self.rows(query.group_by(*groups).order_by(*groups))
+        return [Happened(*row) for row in rows]
 
     def prune_activity(self, before: float) -> None:
         """Delete what happened before a time."""

@@ -50,20 +50,20 @@ class Spending(Responses):
         *by: str,
         since: str = "",
         until: str = "9999",
-        user: str | None = None,
+        users: Sequence[str] | None = None,
         key: str | None = None,
         limit: int | None = None,
     ) -> list[SpendGroup]:
         """What was spent from day `since` to day `until` (ISO, both included), in groups `by` any
-        of COLUMNS, the dearest first, or in their order where `day` is the first; of a user or a
-        key, or of all. Without `by`: one group, the total.
+        of COLUMNS, the dearest first, or in their order where `day` is the first; of some `users`
+        ('' is nobody) or a key, or of all. Without `by`: one group, the total.
         """
         table = schema.spend.c
         groups = [table[COLUMNS[name]] for name in by]
         sums = [sa.func.coalesce(sa.func.sum(table[name]), 0).label(name) for name in AMOUNTS]
         query = sa.select(*groups, *sums).where(table.day >= since, table.day <= until)
-        if user is not None:
-            query = query.where(table.name == user)
+        if users is not None:
+            query = query.where(table.name.in_(users))
         if key is not None:
             query = query.where(table.key == key)
         dearest = [sa.desc("cost"), sa.desc("prompt_tokens"), *groups]
@@ -148,8 +148,10 @@ def forget_spender(connection: Connection, name: str, keys: Collection[str]) -> 
 
 def _gone(connection: Connection, spenders: Iterable[Spender]) -> set[tuple[str, int | None]]:
     """Users, by name and key, who were deleted; those who are there stay until the end."""
-    named = {(s.user, s.user_key) for s in spenders if s.user_key is not None}
-    users, there = schema.users.c, set[tuple[str, int]]()
+    named: set[tuple[str, int | None]] = {
+        (s.user, s.user_key) for s in spenders if s.user_key is not None
+    }
+    users, there = schema.users.c, set[tuple[str, int | None]]()
     for part in in_parts(sorted({user for user, _ in named})):
         rows = sa.select(users.name, users.key).where(users.name.in_(part)).order_by(users.key)
         there |= {(name, key) for name, key in connection.execute(rows.with_for_update(read=True))}

@@ -139,6 +139,8 @@ class Store(Spending, Pages, Sessions):
         queries = {"keys": keys.where(schema.key_users.c.name == name)}
         spent = [column for column in schema.spend.c if column.name != "name"]
         queries["spend"] = sa.select(*spent).where(schema.spend.c.name == name)
+        limit = (schema.limits.c.kind == "user", schema.limits.c.name == name)
+        queries["limits"] = sa.select(schema.limits.c.value).where(*limit)
         with self.reading() as connection:
             user = connection.execute(own).one_or_none()
             if user is None:

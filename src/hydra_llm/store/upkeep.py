@@ -70,6 +70,14 @@ class Upkeep(Database):
                 for table in schema.metadata.sorted_tables
             }
 
+    def user_and_job_counts(self) -> tuple[int, dict[str, int]]:
+        """How many users there are, and jobs by state."""
+        jobs, count = schema.jobs.c.state, sa.func.count()
+        with self.reading() as connection:
+            users = connection.scalar(sa.select(count).select_from(schema.users)) or 0
+            states = connection.execute(sa.select(jobs, count).group_by(jobs)).all()
+        return users, {row[0]: row[1] for row in states}
+
     def check(self) -> list[str]:
         """A line for each fault: a damaged file, tables unlike the schema, rows without a user."""
         with self.reading() as connection:

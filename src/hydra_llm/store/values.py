@@ -192,9 +192,9 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Happened:
-    """How often something happened in an hour."""
+    """How often something happened in some hours."""
 
-    hour: int  # its beginning, in seconds since 1970
+    hour: int  # the beginning of the first, in seconds since 1970
     kind: str
     name: str
     count: int

@@ -3,17 +3,18 @@ function of an endpoint. A key for several users sees the list of these users to
 """
 
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from anyio.to_thread import run_sync
-from fastapi import Response
+from fastapi import Query, Response
 
-from hydra_llm.gateway import admin_routes, user_routes
+from hydra_llm.gateway import admin_routes, spend_routes, user_routes
 from hydra_llm.gateway.admin_routes import gateway_of_admin
 from hydra_llm.gateway.deployment import folder_of
 from hydra_llm.gateway.schemas import ApiError, KeyIn
-from hydra_llm.gateway.ui.charts import NAMES, SPANS, figures, seconds
+from hydra_llm.gateway.ui.charts import NAMES, SPANS, figures, money_bars, seconds
 from hydra_llm.gateway.ui.pages import Form, Here, Visit, go, make_router, show
 from hydra_llm.gateway.ui.people import valid
 
@@ -32,7 +33,7 @@ router = make_router()
 def activity_page(here: Here, span: str = "day") -> Response:
     """What was answered lately, and why not personally."""
     chosen = SPANS.get(span, SPANS["day"])
-    rows = admin_routes.activity(here.http, hours=chosen.hours)["data"]
+    rows = admin_routes.activity(here.http, hours=chosen.hours, step=chosen.step)["data"]
     values: dict[str, Any] = {"span": chosen, "spans": SPANS, "names": NAMES, "seconds": seconds}
     shown = figures(rows, chosen, time.time())
     return show(here, "activity.html", figures=shown, **values)
@@ -46,6 +47,22 @@ def users_page(here: Here, after: str = "", q: str = "") -> Response:
     more = page["data"][-1]["id"] if page["has_more"] else None
     values = {"users": page["data"], "more": more, "first": not after, "q": q}
     return show(here, "users.html", **values)
+
+
+@router.get("/spend")
+def spend_page(here: Here, days: Annotated[int, Query(ge=1, le=366)] = 30) -> Response:
+    """What was spent: of all users, or of those for whom the caller may speak."""
+    http = here.http
+    since = (datetime.now(UTC).date() - timedelta(days=days - 1)).isoformat()
+    by_day = spend_routes.show_spend(http, by="day", since=since)
+    values: dict[str, Any] = {"total": by_day["total"], "currency": by_day["currency"]}
+    values |= {"days": days, "chosen": (7, 30, 90), "by_day": by_day["data"]}
+    for name in ("model", "user"):
+        shown = spend_routes.show_spend(http, by=name, since=since, limit=PAGE)
+        values[f"by_{name}"] = shown["data"]
+    values["limits"] = spend_routes.show_limits(http) if here.caller.admin else None
+    values["bars"] = money_bars(by_day["data"], days, since)
+    return show(here, "spend.html", **values)
 
 
 # ---- keys

@@ -6,7 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 from hydra_llm.gateway.activity import BOUNDS, HOUR, quantile
@@ -99,6 +99,21 @@ def _bars(slots: Sequence[Counter[str]], labels: Sequence[str]) -> dict[str, Any
     marks = [(f"{top:,}", 8.0), (f"{top // 2:,}", 8 + (HEIGHT - BOTTOM - 8) / 2), ("0", 178.0)]
     table = [row for row in rows if any(row[1])]
     return {"shapes": shapes, "ticks": _ticks(labels), "marks": marks, "rows": table}
+
+
+def money_bars(rows: Sequence[Mapping[str, Any]], days: int, since: str) -> dict[str, Any]:
+    """A bar of cost for each day, from the rows of `GET /v1/spend?by=day`."""
+    first, cost = date.fromisoformat(since), {row["day"]: row["cost"] or 0.0 for row in rows}
+    labels = [(first + timedelta(days=n)).isoformat() for n in range(days)]
+    top = max([cost.get(label, 0.0) for label in labels], default=0.0) or 1.0
+    shapes, wide, room = [], (WIDTH - LEFT) / days, HEIGHT - BOTTOM - 8
+    for place, label in enumerate(labels):
+        tall = cost.get(label, 0.0) / top * room
+        shape = {"x": LEFT + place * wide + wide * 0.12, "y": HEIGHT - BOTTOM - tall}
+        shapes.append({**shape, "width": wide * 0.76, "height": tall, "group": 0})
+    short = [date.fromisoformat(label).strftime("%d %b") for label in labels]
+    marks = [(f"{top:.3g}", 8.0), ("0", float(HEIGHT - BOTTOM))]
+    return {"shapes": shapes, "ticks": _ticks(short), "marks": marks}
 
 
 def _lines(slots: Sequence[Mapping[str, Counter[str]]], labels: Sequence[str]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """What was spent gets tables: by day, key, user and model; the sums of limits; the limits."""
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -24,5 +26,5 @@ def upgrade() -> None:
     op.create_index("ix_limits_kind_name", "limits", ["kind", "name"], unique=True)
 
 
-def _create(table: str, **kinds: "sa.types.TypeEngine[object]") -> None:
+def _create(table: str, **kinds: Any) -> None:
     op.create_table(table, *(sa.Column(name, kind, nullable=False) for name, kind in kinds.items()))
