@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request
 from hydra_llm.gateway.activity import ACTIVITY_DAYS, HOUR
 from hydra_llm.gateway.auth import make_key
 from hydra_llm.gateway.gateway import Gateway
-from hydra_llm.gateway.schemas import MAX_ID, ApiError, Id, KeyIn
+from hydra_llm.gateway.schemas import MAX_ID, ApiError, Id, KeyIn, id_fault
 from hydra_llm.store.pages import Place
 from hydra_llm.store.values import Job, Key
 from hydra_llm.text import text_fault
@@ -102,6 +102,8 @@ def _place(after: str) -> Place | None:
         return None
     created, _, id = after.partition("_")
     try:
-        return float(created), id
+        if not id_fault(id):
+            return float(created), id
+        raise ValueError
     except ValueError:
         raise ApiError(400, "after: take `next` of the page before", param="after") from None

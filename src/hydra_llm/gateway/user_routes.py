@@ -229,8 +229,9 @@ def list_users(
     """Users by id with counts of what is kept; `after` is the last id of the page before. A key
     sees the users for whom it may speak.
     """
-    if after and (fault := id_fault(after)):
-        raise ApiError(400, f"after: {fault}", param="after")
+    for name, part in (("after", after), ("contains", contains)):
+        if part and (fault := id_fault(part)):
+            raise ApiError(400, f"{name}: {fault}", param=name)
     caller: Caller = http.state.caller
     names = None if caller.admin else caller.users
     store: Store = http.app.state.gateway.store
