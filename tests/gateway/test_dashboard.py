@@ -365,15 +365,19 @@ async def test_no_page_may_be_framed_or_run_a_script(store: Store) -> None:
                 )
 
 
-async def test_errors_are_pages_of_one_line(store: Store, caplog: Any) -> None:
-    keys = fill(store)
-    async with running(store, dashboard=True) as world, visiting(world, keys["admin"]) as visitor:
+async def test_errors_are_pages_of_one_line(either: Store, caplog: Any) -> None:
+    keys = fill(either)
+    async with running(either, dashboard=True) as world, visiting(world, keys["admin"]) as visitor:
         for path, status in (
             ("/user?user=", 400),
             ("/records?user=ada&before=x", 400),
             ("/records/edit?user=ada&id=none", 404),
             ("/answer?user=ada&id=none", 404),
             ("/answer?user=ada&id=req_bob0", 404),
+            ("/answer?user=ada&id=%00", 404),
+            ("/records/edit?user=ada&id=%00", 404),
+            ("/users?q=%00", 400),
+            ("/keys?after=1_%00", 400),
             ("/records/edit?user=ada", 400),
         ):
             answer = await visitor.get(path)

@@ -13,10 +13,14 @@ import uvicorn
 from hypothesis import HealthCheck, given, settings
 
 from hydra_llm.gateway.app import make_app
+from hydra_llm.gateway.auth import Access
 from hydra_llm.store.store import Store
 from tests.waiting import FOREVER
 
 from .conftest import Scripted, records_of
+
+KEY = "an-admin-key-for-fuzz"
+HEADERS = {"authorization": f"Bearer {KEY}"}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +28,8 @@ def served(tmp_path_factory: pytest.TempPathFactory, bundles: dict[str, Path]) -
     """A real server on loopback, with a bundle and one user."""
     store = Store(f"sqlite:///{tmp_path_factory.mktemp('fuzz') / 'store.db'}")
     store.add_records("ada", records_of("ada"))
-    app = make_app(store, Scripted(), bundle=bundles["tags"])
+    access = Access(admin_key=KEY)  # a key that is made by a request must not end the others
+    app = make_app(store, Scripted(), bundle=bundles["tags"], access=access)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -51,14 +56,14 @@ def test_no_request_is_answered_with_a_500(served: str) -> None:
         )
         @given(case=operation.as_strategy())
         def answer(case: schemathesis.Case) -> None:
-            response = case.call()
+            response = case.call(headers=HEADERS)
             assert response.status_code < 500, (case.method, case.path, case.body, response.text)
             if response.status_code >= 400 and case.path.startswith("/v1"):
                 assert response.json()["error"]["message"]
 
         answer()
         tested.append(f"{operation.method} {operation.path}".lower())
-    assert len(tested) >= 29
+    assert len(tested) >= 35
 
 
 @pytest.mark.parametrize(
@@ -96,7 +101,7 @@ def test_no_request_is_answered_with_a_500(served: str) -> None:
     ],
 )
 def test_malformed_bodies(served: str, body: bytes, status: int) -> None:
-    url, headers = f"{served}/v1/chat/completions", {"content-type": "application/json"}
+    url, headers = f"{served}/v1/chat/completions", {**HEADERS, "content-type": "application/json"}
     answer = httpx2.post(url, content=body, headers=headers, timeout=FOREVER)
     assert answer.status_code == status, answer.text
     if status >= 400:

@@ -14,7 +14,15 @@ from fastapi import Response
 from pydantic import BaseModel, ValidationError
 
 from hydra_llm.gateway import user_routes
-from hydra_llm.gateway.schemas import ApiError, FeedbackIn, RecordIn, RecordsIn, SearchIn, SwitchIn
+from hydra_llm.gateway.schemas import (
+    ApiError,
+    FeedbackIn,
+    RecordIn,
+    RecordsIn,
+    SearchIn,
+    SwitchIn,
+    id_fault,
+)
 from hydra_llm.gateway.ui.pages import Form, Here, Visit, go, make_router, show
 from hydra_llm.gateway.ui.words import CORRECTIONS, UNSCORED
 from hydra_llm.store.change import FEEDBACK_ID
@@ -144,7 +152,7 @@ def answers_page(here: Here, before: str = "") -> Response:
     """A user's latest personal answers."""
     created, _, id = before.partition("_")
     try:
-        place = (float(created), id) if before else None
+        place = (float(created), id) if id and not id_fault(id) else None
     except ValueError:
         place = None
     page = _store(here).latest_requests(here.user, PAGE + 1, before=place)
@@ -239,8 +247,8 @@ def _store(here: Visit) -> Store:
 
 
 def _record(here: Visit, id: str) -> dict[str, str]:
-    record = _store(here).some_records(here.user, [id]).get(id)
-    if record is None:
+    known = {} if id_fault(id) else _store(here).some_records(here.user, [id])
+    if (record := known.get(id)) is None:
         raise ApiError(404, "there is no such record: it may have been deleted")
     return _shown(record)
 
@@ -251,7 +259,7 @@ def _shown(record: Record) -> dict[str, str]:
 
 def _request(here: Visit, id: str) -> AnsweredRequest:
     """An answered request of the page's user; else `ApiError` 404."""
-    request = _store(here).request(id)
+    request = None if id_fault(id) else _store(here).request(id)
     if request is None or request.user != here.user:
         raise ApiError(404, "there is no such answer: it was deleted, or is too long ago")
     return request
