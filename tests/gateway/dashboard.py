@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx2
@@ -11,7 +12,7 @@ import httpx2
 from hydra_llm.gateway.activity import HOUR
 from hydra_llm.gateway.auth import make_key
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Request
+from hydra_llm.store.values import Request, Spend, Spender
 from hydra_llm.types import Record
 
 from .conftest import World
@@ -121,3 +122,12 @@ def add_figures(store: Store) -> None:
         own |= {("own", ("0.05", "0.1")[ago % 6 == 0]): many // 9}
         counts |= {(hour - ago * HOUR, *kind): count for kind, count in own.items() if count}
     store.add_activity(counts)
+    spent = dict[Spender, Spend]()
+    for ago in range(8):
+        day = datetime.fromtimestamp(NOW - ago * 24 * HOUR, UTC).strftime("%Y-%m-%d")
+        for user, model, many in (("ada", "gpt-5-mini", 9), ("bob", "gpt-5", 4), ("", "gpt-5", 1)):
+            calls = many * (3 + ago % 3)
+            spent[Spender(day, "", user, model)] = Spend(
+                calls, calls * 900, calls * 60, cost=calls * 10**7
+            )
+    store.add_spend(spent)

@@ -29,7 +29,7 @@ OF_USER = [
 """Pages about one user."""
 OF_ADMIN = ["/activity", "/activity?span=week", "/keys", "/keys/revoke?id=x", "/jobs", "/bundle"]
 OF_ALL = ["", "/users", "/users?q=a", "/spend", "/spend?days=7", "/nothing"]
-WITHOUT_SIGNING = ["/sign-in", f"/{signing.STYLE_NAME}", "/icon.svg"]
+WITHOUT_SIGNING = ["/sign-in", f"/{signing.SHEET_NAME}", "/icon.svg"]
 FORMS: dict[str, dict[str, str]] = {
     "/user/switch": {"enabled": "no"},
     "/user/fit": {},
@@ -282,7 +282,7 @@ async def test_a_session_ends_with_its_key_and_its_time(store: Store) -> None:
         assert (await visitor.get("/user")).status_code == 303
 
 
-async def test_the_admin_key_of_the_environment_signs_in_until_it_changes(store: Store) -> None:
+async def test_the_admin_key_signs_in_until_it_changes(store: Store) -> None:
     old, new = "an-admin-key-of-old", "an-admin-key-of-now"
     async with running(store, dashboard=True, admin_key=old) as world, visiting(world, old) as own:
         assert (await own.get("/activity")).status_code == 200

@@ -83,10 +83,7 @@ def make_app(
     app.state.gateway, app.state.readiness = gateway, health.Readiness(gateway)
     app.state.worker = Worker(store, lambda: gateway.deployment, llm, ledger)
     app.state.embedder = Embedder()
-    if settings.dashboard:
-        from hydra_llm.gateway import ui  # what needs no dashboard needs no templates
-
-        ui.add_to(app, store, access or Access(), settings)
+    _add_dashboard(app, gateway, access or Access())
     routes = (openai_routes, response_routes, message_routes, user_routes, admin_routes)
     for module in (*routes, spend_routes, mcp_routes, health, forward):  # the last takes the rest
         app.include_router(module.router)
@@ -94,6 +91,13 @@ def make_app(
         app.add_exception_handler(kind, error_response)
     _add_middleware(app, gateway, access or Access())
     return app
+
+
+def _add_dashboard(app: FastAPI, gateway: Gateway, access: Access) -> None:
+    if gateway.settings.dashboard:
+        from hydra_llm.gateway import ui  # what needs no dashboard needs no templates
+
+        ui.add_to(app, gateway.store, access, gateway.settings)
 
 
 def _add_middleware(app: FastAPI, gateway: Gateway, access: Access) -> None:

@@ -41,7 +41,7 @@ from hydra_llm.gateway.structured import form_of, is_text
 from hydra_llm.gateway.telemetry import Telemetry, note
 from hydra_llm.gateway.turns import asking
 from hydra_llm.gateway.upstream import Upstream, UpstreamError, usage_of
-from hydra_llm.gateway.user_cache import TimedReads, texts_of
+from hydra_llm.gateway.user_cache import TimedReads, UserSnapshot, texts_of
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request
 
@@ -144,15 +144,7 @@ class Gateway:
         """The user's records for a question; NotPersonal names the reason why there are none.
         `answers`: to answer it, which the user may have switched off.
         """
-        try:
-            user = await self.reads.read(partial(deployment.users.current, name))
-        except Exception as error:
-            self.telemetry.failed("store", error)
-            raise NotPersonal("store-failure") from None
-        if (bill := paying.get()) is not None:
-            bill.known(None if user is None else user.version)
-        if user is None:
-            raise NotPersonal("unknown-user")
+        user = await self._user(deployment, name)
         if answers and user.off:
             raise NotPersonal("switched-off")
         # Scorers and records know the text within the task's instruction.
@@ -182,6 +174,18 @@ class Gateway:
         if search.reason:
             raise NotPersonal(search.reason)
         return search
+
+    async def _user(self, deployment: Deployment, name: str) -> UserSnapshot:
+        try:
+            user = await self.reads.read(partial(deployment.users.current, name))
+        except Exception as error:
+            self.telemetry.failed("store", error)
+            raise NotPersonal("store-failure") from None
+        if (bill := paying.get()) is not None:
+            bill.known(None if user is None else user.version)
+        if user is None:
+            raise NotPersonal("unknown-user")
+        return user
 
     # ---- the upstream
 

@@ -62,9 +62,8 @@ class AccessMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, bill = False, Bill()
+        started, bill, ledger = False, Bill(), self._gateway.ledger
         paying.set(bill)
-        ledger = self._gateway.ledger
 
         async def watched(message: Message) -> None:
             nonlocal started

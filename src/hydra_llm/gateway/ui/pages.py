@@ -25,8 +25,8 @@ from hydra_llm.gateway.ui.words import DONE, REASONS
 
 HERE = Path(__file__).parent
 ICON = (HERE / "static" / "icon.svg").read_bytes()
-STYLE = (HERE / "static" / "ui.css").read_bytes()
-STYLE_NAME = f"{hashlib.sha256(STYLE).hexdigest()[:12]}.css"  # a new one is fetched at once
+SHEET = (HERE / "static" / "ui.css").read_bytes()
+SHEET_NAME = f"{hashlib.sha256(SHEET).hexdigest()[:12]}.css"  # a new one is fetched at once
 POLICY = (
     "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none';"
     " frame-ancestors 'none'"
@@ -133,7 +133,7 @@ def show(here: Visit, template: str, status: int = 200, /, **values: Any) -> Res
 def page(http: Request, template: str, status: int = 200, /, **values: Any) -> Response:
     """A template as a page."""
     base = f"{http.scope.get('root_path', '')}{DASHBOARD}"
-    about = {"base": base, "style": f"{base}/{STYLE_NAME}", "caller": None, "token": "", "user": ""}
+    about = {"base": base, "style": f"{base}/{SHEET_NAME}", "caller": None, "token": "", "user": ""}
     about |= {"done": DONE.get(http.query_params.get("done", ""), "")}
     text = _templates().get_template(template).render({**about, **values})
     # half of a surrogate pair is no character that a page can have

@@ -8,8 +8,8 @@ from fastapi import Request, Response
 from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.gateway.ui.pages import (
     ICON,
-    STYLE,
-    STYLE_NAME,
+    SHEET,
+    SHEET_NAME,
     Form,
     Here,
     form_of,
@@ -59,11 +59,11 @@ async def sign_out(here: Here, form: Form) -> Response:
     return response
 
 
-@router.get(f"/{STYLE_NAME}")
+@router.get(f"/{SHEET_NAME}")
 def style() -> Response:
     """The one style sheet; its name changes with its content."""
     headers = {"cache-control": "public, max-age=31536000, immutable"}
-    return Response(STYLE, media_type="text/css", headers=headers)
+    return Response(SHEET, media_type="text/css", headers=headers)
 
 
 @router.get("/icon.svg")
