@@ -127,7 +127,6 @@ def add_figures(store: Store) -> None:
         day = datetime.fromtimestamp(NOW - ago * 24 * HOUR, UTC).strftime("%Y-%m-%d")
         for user, model, many in (("ada", "gpt-5-mini", 9), ("bob", "gpt-5", 4), ("", "gpt-5", 1)):
             calls = many * (3 + ago % 3)
-            spent[Spender(day, "", user, model)] = Spend(
-                calls, calls * 900, calls * 60, cost=calls * 10**7
-            )
+            amount = Spend(calls, calls * 900, calls * 60, cost=calls * 10**7)
+            spent[Spender(day, "", user, model)] = amount
     store.add_spend(spent)

@@ -25,17 +25,15 @@ class Span:
     name: str
     hours: int
     step: int  # hours of one bar
-
-    @property
-    def form(self) -> str:
-        """Of a bar's time."""
-        return "%H:%M" if self.hours <= 24 else "%d %b" if self.step >= 24 else "%d %b %H:%M"
+    form: str  # of a bar's time, for people
+    short: str  # the same, under a chart
+    each: int  # bars from one time to the next under a chart
 
 
 SPANS: Mapping[str, Span] = {
-    "day": Span("24 hours", 24, 1),
-    "week": Span("7 days", 7 * 24, 6),
-    "month": Span("30 days", 30 * 24, 24),
+    "day": Span("24 hours", 24, 1, "%H:%M", "%H:%M", 4),
+    "week": Span("7 days", 7 * 24, 6, "%d %b %H:%M", "%d %b", 4),
+    "month": Span("30 days", 30 * 24, 24, "%d %b", "%d %b", 5),
 }
 
 
@@ -52,6 +50,7 @@ def figures(rows: Iterable[Row], span: Span, now: float) -> dict[str, Any]:
         whole[kind][name] += number
     times = [datetime.fromtimestamp(first + place * step, UTC) for place in range(count)]
     labels = [time.strftime(span.form) for time in times]
+    ticks = _ticks([time.strftime(span.short) for time in times], span.each)
     answers = whole["answer"]
     judged = answers[PERSONAL] + sum(answers[name] for name in GATE)
     return {
@@ -64,8 +63,8 @@ def figures(rows: Iterable[Row], span: Span, now: float) -> dict[str, Any]:
         "own": quantile(whole["own"], 0.95),
         "upstream": quantile(whole["upstream"], 0.95),
         "reasons": answers.most_common(),
-        "bars": _bars([slot["answer"] for slot in slots], labels),
-        "lines": _lines(slots, labels),
+        "bars": {**_bars([slot["answer"] for slot in slots], labels), "ticks": ticks},
+        "lines": {**_lines(slots, labels), "ticks": ticks},
     }
 
 
@@ -98,7 +97,7 @@ def _bars(slots: Sequence[Counter[str]], labels: Sequence[str]) -> dict[str, Any
     rows = [(label, [own[name] for name in NAMES]) for label, own in zip(labels, sums, strict=True)]
     marks = [(f"{top:,}", 8.0), (f"{top // 2:,}", 8 + (HEIGHT - BOTTOM - 8) / 2), ("0", 178.0)]
     table = [row for row in rows if any(row[1])]
-    return {"shapes": shapes, "ticks": _ticks(labels), "marks": marks, "rows": table}
+    return {"shapes": shapes, "marks": marks, "rows": table}
 
 
 def money_bars(rows: Sequence[Mapping[str, Any]], days: int, since: str) -> dict[str, Any]:
@@ -113,7 +112,7 @@ def money_bars(rows: Sequence[Mapping[str, Any]], days: int, since: str) -> dict
         shapes.append({**shape, "width": wide * 0.76, "height": tall, "group": 0})
     short = [date.fromisoformat(label).strftime("%d %b") for label in labels]
     marks = [(f"{top:.3g}", 8.0), ("0", float(HEIGHT - BOTTOM))]
-    return {"shapes": shapes, "ticks": _ticks(short), "marks": marks}
+    return {"shapes": shapes, "ticks": _ticks(short, math.ceil(days / 7)), "marks": marks}
 
 
 def _lines(slots: Sequence[Mapping[str, Counter[str]]], labels: Sequence[str]) -> dict[str, Any]:
@@ -142,21 +141,20 @@ def _lines(slots: Sequence[Mapping[str, Counter[str]]], labels: Sequence[str]) -
         for place, bound in enumerate(BOUNDS)
         if bound in (0.01, 0.1, 1.0, 10.0)
     ]
-    ticks = _ticks(labels)
-    return {"points": points, "paths": paths, "ticks": ticks, "marks": marks, "rows": rows}
+    return {"points": points, "paths": paths, "marks": marks, "rows": rows}
 
 
-def _ticks(labels: Sequence[str]) -> list[tuple[str, float]]:
-    """About six labels under a chart."""
-    wide, each = (WIDTH - LEFT) / len(labels), math.ceil(len(labels) / 6)
+def _ticks(labels: Sequence[str], each: int) -> list[tuple[str, float]]:
+    """Some labels under a chart, and where."""
+    wide = (WIDTH - LEFT) / len(labels)
     return [(labels[i], LEFT + (i + 0.5) * wide) for i in range(0, len(labels), each)]
 
 
 def _round_up(value: int) -> int:
-    """The least of 2, 4, 10, 20, 40, 100, ... that is not less."""
+    """The least of 2, 4, 6, 8, 10, 20, 40, ... that is not less."""
     size = 1
     while True:
-        for step in (2, 4, 10):
+        for step in (2, 4, 6, 8, 10):
             if value <= step * size:
                 return step * size
         size *= 10
