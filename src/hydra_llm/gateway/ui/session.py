@@ -8,6 +8,7 @@ import hmac
 import secrets
 import time
 from collections.abc import Mapping
+from typing import Any, Literal
 
 from fastapi import Request, Response
 
@@ -21,6 +22,10 @@ from hydra_llm.store.values import Session
 NO_KEYS = "no keys"
 """Proof of a session that was begun while no key was needed."""
 HOUR = 3600
+Kind = Literal["session", "form"]
+"""What an id is for: a session, or the form of who has none. A link from another site brings no
+cookie along: the form's must not take the place of the session's.
+"""
 
 
 class SignedOut(Exception):
@@ -38,24 +43,23 @@ class Sessions:
 
     # ---- what the browser holds
 
-    def id_of(self, http: Request) -> str | None:
-        """The id that the browser holds, if this store has signed it: of a session, or of one who
-        may begin one.
-        """
-        id, _, signature = http.cookies.get(cookie_name(http), "").partition(".")
-        return id if id and _same(signature, self._mac("cookie", id)) else None
+    def id_of(self, http: Request, kind: Kind = "session") -> str | None:
+        """The id that the browser holds, if this store has signed it for that."""
+        id, _, signature = http.cookies.get(cookie_name(http, kind), "").partition(".")
+        return id if id and _same(signature, self._mac(kind, id)) else None
 
-    def put(self, http: Request, response: Response, id: str) -> None:
+    def put(self, http: Request, response: Response, id: str, kind: Kind = "session") -> None:
         """Give the browser an id."""
-        value = f"{id}.{self._mac('cookie', id)}"
-        response.set_cookie(cookie_name(http), value, max_age=int(self.seconds), **_kind(http))
+        value, seconds = f"{id}.{self._mac(kind, id)}", int(self.seconds)
+        response.set_cookie(cookie_name(http, kind), value, max_age=seconds, **_options(http))
 
-    def remove(self, http: Request, response: Response) -> None:
-        response.delete_cookie(cookie_name(http), **_kind(http))
+    def remove(self, http: Request, response: Response, kind: Kind = "session") -> None:
+        """Take an id from the browser."""
+        response.delete_cookie(cookie_name(http, kind), **_options(http))
 
     def form_token(self, id: str) -> str:
         """What the forms hold that were made for this browser: other pages cannot know it."""
-        return self._mac("form", id)
+        return self._mac("token", id)
 
     def check_form(self, id: str, form: Mapping[str, str]) -> None:
         """Raise `ApiError` 403 unless a form was made for this browser."""
@@ -112,12 +116,13 @@ class Sessions:
         return _mac(self._secret, f"{what} {text}")
 
 
-def cookie_name(http: Request) -> str:
+def cookie_name(http: Request, kind: Kind = "session") -> str:
     """Under TLS a name that no other host and no page without TLS can set."""
-    return "__Host-hydra" if http.url.scheme == "https" else "hydra"
+    name = "hydra" if kind == "session" else f"hydra-{kind}"
+    return f"__Host-{name}" if http.url.scheme == "https" else name
 
 
-def _kind(http: Request) -> dict[str, object]:
+def _options(http: Request) -> Any:
     secure = http.url.scheme == "https"
     path = "/" if secure else f"{http.scope.get('root_path', '')}{DASHBOARD}"
     return {"path": path, "secure": secure, "httponly": True, "samesite": "strict"}

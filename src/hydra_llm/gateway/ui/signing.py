@@ -32,8 +32,7 @@ def sign_in_page(http: Request) -> Response:
 async def sign_in(http: Request) -> Response:
     """Begin a session, in place of any that this browser has."""
     form, sessions = await form_of(http), _sessions(http)
-    old = sessions.id_of(http)
-    sessions.check_form(old or "", form)
+    sessions.check_form(sessions.id_of(http, "form") or "", form)
     key = form.get("key", "").strip()
     try:
         new = await run_sync(sessions.begin, http, key)
@@ -42,10 +41,11 @@ async def sign_in(http: Request) -> Response:
             raise
         fault = "This key is not valid." if key else "Enter your key."
         return await run_sync(_form, http, fault)
-    if old:
+    if old := sessions.id_of(http):
         await run_sync(sessions.end, old)
     response = go(http, "")
     sessions.put(http, response, new)
+    sessions.remove(http, response, "form")
     return response
 
 
@@ -82,10 +82,10 @@ def nothing(here: Here) -> Response:
 def _form(http: Request, fault: str = "") -> Response:
     """The form for a key. Its token belongs to an id that is no session yet."""
     sessions = _sessions(http)
-    id = sessions.id_of(http) or secrets.token_urlsafe(32)
+    id = sessions.id_of(http, "form") or secrets.token_urlsafe(32)
     values = {"fault": fault, "needs_key": sessions.needs_key(), "token": sessions.form_token(id)}
     response = page(http, "sign_in.html", 401 if fault else 200, **values)
-    sessions.put(http, response, id)
+    sessions.put(http, response, id, "form")
     return response
 
 
