@@ -309,6 +309,7 @@ def test_an_administrator_does_everything(site: Site, chromium: Any, tmp_path: P
         other.get_by_label("API key").wait_for()
 
         tab.get_by_role("link", name="Jobs").click()
+        tab.get_by_role("link", name="Older jobs").click()
         assert "the LLM does not answer" in tab.locator("tbody").inner_text()
         tab.get_by_role("link", name="Model").click()
         assert "No bundle is in use" in tab.locator("main").inner_text()
@@ -454,6 +455,7 @@ async def other_site(scope: Any, receive: Any, send: Any) -> None:
 def test_other_sites_neither_frame_it_nor_send_its_forms(site: Site, chromium: Any) -> None:
     context = chromium.new_context()
     tab = context.new_page()
+    tab.set_default_timeout(WAIT)
     sign_in(tab, site, "ada")
     with serving(other_site) as elsewhere:
         tab.goto(f"{elsewhere.replace('127.0.0.1', 'localhost')}/?{site.url}")

@@ -14,11 +14,12 @@ from hydra_llm.gateway import admin_routes, spend_routes, user_routes
 from hydra_llm.gateway.admin_routes import gateway_of_admin
 from hydra_llm.gateway.deployment import folder_of
 from hydra_llm.gateway.schemas import ApiError, KeyIn
-from hydra_llm.gateway.ui.charts import NAMES, SPANS, figures, money_bars, seconds
+from hydra_llm.gateway.ui.charts import NAMES, SPANS, figures, money_bars, seconds, summed
 from hydra_llm.gateway.ui.pages import Form, Here, Visit, go, make_router, show
 from hydra_llm.gateway.ui.people import valid
 
 PAGE = 25
+MOST_SUMS = 10_000  # rows of days and models
 REPORT = "report.html"  # in a bundle's folder: of its benchmark, as `bench show --html` writes it
 REPORT_POLICY = (
     "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline';"
@@ -54,14 +55,14 @@ def spend_page(here: Here, days: Annotated[int, Query(ge=1, le=366)] = 30) -> Re
     """What was spent: of all users, or of those for whom the caller may speak."""
     http = here.http
     since = (datetime.now(UTC).date() - timedelta(days=days - 1)).isoformat()
-    by_day = spend_routes.show_spend(http, by="day", since=since)
-    values: dict[str, Any] = {"total": by_day["total"], "currency": by_day["currency"]}
-    values |= {"days": days, "chosen": (7, 30, 90), "by_day": by_day["data"]}
-    for name in ("model", "user"):
-        shown = spend_routes.show_spend(http, by=name, since=since, limit=PAGE)
-        values[f"by_{name}"] = shown["data"]
+    spent = spend_routes.show_spend(http, by="day,model", since=since, limit=MOST_SUMS)
+    dearest = spend_routes.show_spend(http, by="user", since=since, limit=PAGE)
+    by_day, by_model = (summed(spent["data"], name) for name in ("day", "model"))
+    values: dict[str, Any] = {"total": spent["total"], "currency": spent["currency"]}
+    values |= {"days": days, "chosen": (7, 30, 90), "by_day": by_day, "by_user": dearest["data"]}
+    values["by_model"] = sorted(by_model, key=lambda row: row["cost"] or 0.0, reverse=True)
     values["limits"] = spend_routes.show_limits(http) if here.caller.admin else None
-    values["bars"] = money_bars(by_day["data"], days, since)
+    values["bars"] = money_bars(by_day, days, since)
     return show(here, "spend.html", **values)
 
 

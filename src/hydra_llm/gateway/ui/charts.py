@@ -100,6 +100,20 @@ def _bars(slots: Sequence[Counter[str]], labels: Sequence[str]) -> dict[str, Any
     return {"shapes": shapes, "marks": marks, "rows": table}
 
 
+def summed(rows: Iterable[Mapping[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Rows of spend with the same `name` as one, in the order in which they come. A cost that is
+    not known is none in a sum with one that is.
+    """
+    out: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        own = out.setdefault(row[name], {name: row[name], "cost": None})
+        for part in ("calls", "prompt_tokens", "completion_tokens"):
+            own[part] = own.get(part, 0) + row[part]
+        if row["cost"] is not None:
+            own["cost"] = (own["cost"] or 0.0) + row["cost"]
+    return list(out.values())
+
+
 def money_bars(rows: Sequence[Mapping[str, Any]], days: int, since: str) -> dict[str, Any]:
     """A bar of cost for each day, from the rows of `GET /v1/spend?by=day`."""
     first, cost = date.fromisoformat(since), {row["day"]: row["cost"] or 0.0 for row in rows}
