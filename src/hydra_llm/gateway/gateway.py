@@ -144,9 +144,7 @@ class Gateway:
         """The user's records for a question; NotPersonal names the reason why there are none.
         `answers`: to answer it, which the user may have switched off.
         """
-        user = await self._user(deployment, name)
-        if answers and user.off:
-            raise NotPersonal("switched-off")
+        user = await self._user(deployment, name, answers)
         # Scorers and records know the text within the task's instruction.
         within = deployment.pipeline.task.input_of(question)
         # One character more than a record may have: feedback on a longer one makes no record.
@@ -175,7 +173,7 @@ class Gateway:
             raise NotPersonal(search.reason)
         return search
 
-    async def _user(self, deployment: Deployment, name: str) -> UserSnapshot:
+    async def _user(self, deployment: Deployment, name: str, answers: bool) -> UserSnapshot:
         try:
             user = await self.reads.read(partial(deployment.users.current, name))
         except Exception as error:
@@ -185,6 +183,8 @@ class Gateway:
             bill.known(None if user is None else user.version)
         if user is None:
             raise NotPersonal("unknown-user")
+        if answers and user.off:
+            raise NotPersonal("switched-off")
         return user
 
     # ---- the upstream
