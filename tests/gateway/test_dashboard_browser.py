@@ -397,7 +397,7 @@ def test_all_is_reached_by_keyboard(site: Site, tab: Any) -> None:
         tab.keyboard.press("Tab")
         assert tab.evaluate(seen) == "solid"
         stops.append(tab.evaluate("document.activeElement.textContent.trim()"))
-    assert stops[1:5] == ["About you", "Records", "Answers", "Sign out"]
+    assert stops[1:6] == ["About you", "Records", "Answers", "Spend", "Sign out"]
     assert "Add a record" in stops
     tab.get_by_role("searchbox").focus()
     tab.keyboard.type("army")
