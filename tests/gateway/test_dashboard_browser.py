@@ -327,7 +327,6 @@ def test_the_model_in_use_has_its_card(
         sign_in(tab, site, "admin")
         tab.get_by_role("link", name="Model").click()
         assert "hydra-llm bundle for task tags" in tab.locator("main").inner_text()
-        picture(tab, tmp_path, "model")
         assert violations(tab) == []
         report = bundles["tags"] / "report.html"
         script = "<script>try { parent.document.cookie } catch (e) { document.title = e.name }"
@@ -341,6 +340,8 @@ def test_the_model_in_use_has_its_card(
         tab.goto(f"{site.url}/user?user=ada")
         tab.get_by_role("button", name="Learn from all records").click()
         assert told(tab).startswith("Learning has begun")
+        (job,) = site.store.latest_jobs(1)
+        assert (job.user, job.kind) == ("ada", "fit")
 
 
 # ---- accessibility

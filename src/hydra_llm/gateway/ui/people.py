@@ -70,9 +70,9 @@ async def switch(here: Here, form: Form) -> Response:
 
 
 @router.post("/user/fit")
-def fit(here: Here, form: Form) -> Response:
+async def fit(here: Here, form: Form) -> Response:
     """Fit the heads on all records."""
-    user_routes.fit(here.user, here.http)
+    await user_routes.fit(here.user, here.http)
     return go(here.http, "/user", user=here.user, done="fit")
 
 
