@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from hydra_llm.gateway.auth import Caller
 from hydra_llm.gateway.middleware import DASHBOARD, ERRORS, as_api_error
 from hydra_llm.gateway.schemas import ApiError, id_fault
+from hydra_llm.gateway.spend import paying
 from hydra_llm.gateway.ui.session import Sessions, SignedOut
 from hydra_llm.gateway.ui.words import DONE, REASONS
 
@@ -97,6 +98,8 @@ def visit(http: Request) -> Visit:
     if id is None:
         raise SignedOut
     http.state.caller = sessions.caller(http, id)
+    if (bill := paying.get()) is not None:
+        bill.key = http.state.caller.key  # who pays for a fit
     http.state.visit = Visit(http, id, http.state.caller)
     return http.state.visit  # type: ignore[no-any-return]
 

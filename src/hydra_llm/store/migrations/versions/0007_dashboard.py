@@ -9,7 +9,7 @@ down_revision = "0006"
 
 def upgrade() -> None:
     """Create the tables, the column and the index of jobs by their time."""
-    off = sa.Column("off", sa.Boolean(), nullable=False, server_default=sa.false())
+    off: sa.Column[bool] = sa.Column("off", sa.Boolean(), nullable=False, server_default=sa.false())
     op.add_column("users", off)
     op.create_table(
         "sessions",
