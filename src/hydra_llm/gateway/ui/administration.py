@@ -51,7 +51,7 @@ def users_page(here: Here, after: str = "", q: str = "") -> Response:
 
 
 @router.get("/spend")
-def spend_page(here: Here, days: Annotated[int, Query(ge=1, le=366)] = 30) -> Response:
+def spend_page(here: Here, days: Annotated[int, Query(ge=1, le=366)] = 7) -> Response:
     """What was spent: of all users, or of those for whom the caller may speak."""
     http = here.http
     since = (datetime.now(UTC).date() - timedelta(days=days - 1)).isoformat()
