@@ -13,6 +13,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
         "fastapi",
         "fastapi_offline",
         "jinja2",
+        "opentelemetry",
         "prometheus_client",
         "psycopg",
         "sqlalchemy",
@@ -21,7 +22,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     ),
     "openai": ("openai",),
     "mcp": ("mcp",),
-    "otel": ("opentelemetry",),
+    "otel": ("opentelemetry.exporter", "opentelemetry.sdk"),
     "embedded": ("xllamacpp",),
     "openvino": ("openvino_genai",),
     "learn": ("torch", "transformers", "safetensors", "sklearn", "huggingface_hub"),
@@ -55,8 +56,10 @@ def one_line_imports(what: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        module = (error.name or "").partition(".")[0]
-        if module not in _EXTRA_OF:
+        parts = (error.name or "").split(".")
+        names = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+        module = next((name for name in names if name in _EXTRA_OF), "")
+        if not module:
             raise
         raise _missing(what, _EXTRA_OF[module], module) from None
 

@@ -44,8 +44,7 @@ class MeteredUpstream:
     async def complete(self, body: Body) -> Any:
         with self._call(body) as call:
             completion = await self._inner.complete(body)
-            answered = bytes_of(completion.get("choices"), "message")
-            call.charge(completion.get("usage"), answered, completion.get("model"))
+            call.charge_completion(completion)
             return completion
 
     async def stream(self, body: Body) -> AsyncIterator[bytes]:
@@ -72,7 +71,9 @@ class MeteredUpstream:
         except BaseException as error:
             call.end(error)
             raise
-        return head, self._passed(call, head, sent.path, pieces)
+        passed = self._passed(call, head, sent.path, pieces)
+        await anext(passed)  # begun, so that all is closed with it
+        return head, passed
 
     async def aclose(self) -> None:
         await self._inner.aclose()
@@ -83,6 +84,7 @@ class MeteredUpstream:
         last, fault = b"", None
         try:
             async with aclosing(pieces):
+                yield b""
                 async for piece in pieces:
                     call.answered += said_in(piece)
                     last = (last + piece)[-KEPT:]
@@ -128,8 +130,21 @@ class _Call:
         name = f"chat {self._model}" if "messages" in body else "upstream"
         self._span: Span = self._telemetry.tracing.start(name, "client", **about)
 
+    def charge_completion(self, completion: Body) -> None:
+        """Charge the call for a whole completion."""
+        usage, answered = completion.get("usage"), 0
+        if told_spend(usage) is None:
+            answered = bytes_of(completion.get("choices"), "message")
+        self.charge(usage, answered, completion.get("model"))
+
     def charge(self, usage: object, answered: int, model: object = None) -> None:
         """Charge the call, as told by `usage`, or by an answer of so many bytes."""
+        try:
+            self._charge(usage, answered, model)
+        except Exception as error:  # whatever it is must not cost the caller an answer
+            self._telemetry.failed("spend", error)
+
+    def _charge(self, usage: object, answered: int, model: object) -> None:
         told = told_spend(usage)
         spend, cached = told or (estimated_spend(self._body, answered), 0)
         names = [name for name in (self._model, model) if isinstance(name, str)]

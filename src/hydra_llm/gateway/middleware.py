@@ -11,7 +11,6 @@ from contextlib import suppress
 from functools import partial
 from urllib.parse import quote, unquote, urlsplit
 
-from anyio.to_thread import run_sync
 from cachetools import LRUCache, TTLCache
 from fastapi.exceptions import RequestValidationError
 from starlette._utils import get_route_path  # the router's own: keys are checked for what it sees
@@ -71,7 +70,8 @@ class AccessMiddleware:
             if bill.limited and bill.spent and not message.get("more_body", False):
                 # Before the end is told: the next request must find what this one has spent.
                 ledger.take(bill)
-                await run_sync(ledger.flush)
+                with suppress(StoreError):  # it took too long, and goes on
+                    await self._gateway.reads.read(ledger.flush)
             await send(message)
 
         state = scope.setdefault("state", {})
@@ -96,6 +96,7 @@ class AccessMiddleware:
             response = await error_response(Request(scope), error)
             await response(scope, receive, send)
         finally:
+            bill.closed = True
             ledger.take(bill)
             state["route"] = getattr(scope.get("route"), "path", "unknown")
 

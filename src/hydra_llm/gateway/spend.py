@@ -43,6 +43,7 @@ class Bill:
     user_key: int | None = None  # of the user's row in the store; None: there is none
     minutes: frozenset[str] = frozenset()  # whose tokens per minute are counted: key, user
     limited: bool = False  # a limit needs it at once
+    closed: bool = False  # its request has ended: what comes yet is taken over at once
     spent: dict[tuple[str, str], Spend] = field(default_factory=dict)  # model, kind → spend
 
     def known(self, version: int | None) -> None:
@@ -61,7 +62,7 @@ class Ledger:
 
     def __init__(self, store: Store, prices: PriceList, telemetry: Telemetry):
         self._store, self.prices, self._telemetry = store, prices, telemetry
-        self._lock = threading.Lock()
+        self._lock, self._writing = threading.Lock(), threading.Lock()
         self._spent = defaultdict[Spender, Spend](Spend)
         self._totals = defaultdict[Total, Spend](Spend)
 
@@ -79,6 +80,8 @@ class Ledger:
             bill.spent[label, kind] = bill.spent.get((label, kind), Spend()) + known
             if (money := _sum(bill).money) is not None:
                 note(cost=round(money, 9))
+            if bill.closed:
+                self.take(bill)
         return known
 
     def take(self, bill: Bill) -> None:
@@ -97,7 +100,13 @@ class Ledger:
             bill.spent = {}
 
     def flush(self) -> None:
-        """Write what was taken over; what the store does not take stays here."""
+        """Write what was taken over; what the store does not take stays here. Returns when all that
+        was taken over before is written, by whichever thread.
+        """
+        with self._writing:
+            self._flush()
+
+    def _flush(self) -> None:
         with self._lock:
             spent, self._spent = self._spent, defaultdict(Spend)
             totals, self._totals = self._totals, defaultdict(Spend)

@@ -1,5 +1,5 @@
 """Spans for OpenTelemetry, the extra `otel`: one of a request, with one of each stage below it.
-Without a tracer nothing is imported and nothing is made. Numbers, reasons and models' names: never
+Without a tracer nothing is made. Numbers, reasons and models' names: never
 a text, never a user's id, never an exception's message.
 """
 
