@@ -164,8 +164,10 @@ def computed(pids: Iterable[int]) -> float:
 def backends(url: str) -> list[int]:
     """The processes of PostgreSQL that serve this database."""
     with psycopg.connect(url.replace("+psycopg", "")) as connection:
-        own = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> "
-        return [row[0] for row in connection.execute(own + "pg_backend_pid()")]
+        own = "datname = current_database() AND pid <> pg_backend_pid()"
+        of_clients = f"{own} AND backend_type = 'client backend'"  # no vacuum, which may end
+        rows = connection.execute(f"SELECT pid FROM pg_stat_activity WHERE {of_clients}")
+        return [row[0] for row in rows]
 
 
 def pages(users: int, each: int) -> dict[str, str]:

@@ -49,6 +49,7 @@ OF_ADMIN = (
 )
 HERE = "http://127.0.0.1:"
 WAIT = 250_000.0  # milliseconds, for what never comes
+IN_DOCS = ("activity", "answer-dark", "records", "spend", "user", "users-phone-dark")
 IMAGES = os.environ.get("DASHBOARD_IMAGES")
 
 
@@ -160,7 +161,7 @@ def sign_in(tab: Any, site: Site, name: str) -> None:
 
 def picture(tab: Any, folder: Path, name: str) -> None:
     """A screenshot for the documents, or for nobody."""
-    place = Path(IMAGES) if IMAGES else folder
+    place = Path(IMAGES) if IMAGES and name in IN_DOCS else folder
     place.mkdir(parents=True, exist_ok=True)
     tab.screenshot(path=place / f"{name}.png")
 
