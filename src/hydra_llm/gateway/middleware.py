@@ -75,9 +75,7 @@ class AccessMiddleware:
             await send(message)
 
         state = scope.setdefault("state", {})
-        if get_route_path(scope).startswith("/v1/users/") and (raw := scope.get("raw_path")):
-            # As sent: a decoded `%2F` would split an id (user_routes decodes).
-            scope = {**scope, "path": quote(raw, safe=string.printable)}
+        scope = _as_sent(scope)
         try:
             if not self._is_open(get_route_path(scope)):
                 await self._authorize(scope)
@@ -151,6 +149,13 @@ class AccessMiddleware:
             return message
 
         return counted
+
+
+def _as_sent(scope: Scope) -> Scope:
+    """Paths of users as they were sent: a decoded `%2F` would split an id (user_routes decodes)."""
+    if get_route_path(scope).startswith("/v1/users/") and (raw := scope.get("raw_path")):
+        return {**scope, "path": quote(raw, safe=string.printable)}
+    return scope
 
 
 def check_origin(scope: Scope, origins: Collection[str], keyless: bool) -> None:
