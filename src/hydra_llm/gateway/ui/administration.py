@@ -13,7 +13,7 @@ from fastapi import Query, Response
 from hydra_llm.gateway import admin_routes, spend_routes, user_routes
 from hydra_llm.gateway.admin_routes import gateway_of_admin
 from hydra_llm.gateway.deployment import folder_of
-from hydra_llm.gateway.schemas import ApiError, KeyIn
+from hydra_llm.gateway.schemas import MAX_ID, ApiError, KeyIn
 from hydra_llm.gateway.ui.charts import NAMES, SPANS, figures, money_bars, seconds, summed
 from hydra_llm.gateway.ui.pages import Form, Here, Visit, go, make_router, show
 from hydra_llm.gateway.ui.people import valid
@@ -43,7 +43,7 @@ def activity_page(here: Here, span: str = "day") -> Response:
 @router.get("/users")
 def users_page(here: Here, after: str = "", q: str = "") -> Response:
     """The users for whom the caller may speak, with size and activity."""
-    contains = q.strip()[: user_routes.MAX_ID]
+    contains = q.strip()[:MAX_ID]
     page = user_routes.list_users(here.http, after=after, limit=PAGE, contains=contains)
     more = page["data"][-1]["id"] if page["has_more"] else None
     values = {"users": page["data"], "more": more, "first": not after, "q": q}

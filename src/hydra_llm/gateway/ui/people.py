@@ -198,7 +198,7 @@ def _answer_page(here: Visit, id: str, fault: str = "") -> Response:
     ids = content.get("records", [])
     known = store.some_records(here.user, ids)
     given = store.unlearned_feedback(here.user, or_learned=True)
-    said = next((own.content["said"] for own in given if own.request == id), {})
+    said: Mapping[str, Any] = next((own.content["said"] for own in given if own.request == id), {})
     correction = next((CORRECTIONS[kind] for kind in CORRECTIONS if kind in said), "")
     values = {"answer": answer, "records": [(own, known.get(own)) for own in ids], "fault": fault}
     values |= {"correction": correction, "visible": content.get("visible")}

@@ -90,7 +90,7 @@ class Sessions:
         any more. `ApiError` 429: too many requests.
         """
         session = self._store.session(_hash(id))
-        caller = session and self._caller(http, session)
+        caller = self._caller(http, session) if session else None
         if caller is None:
             raise SignedOut
         self._rates.check(caller.key)
