@@ -319,7 +319,6 @@ PAPER |= {"loss": "binary", "lr": 2e-5, "batch": 64, "epochs": 2, "weight_decay"
 PAPER |= {"label_rule": "above-mean", "reranker_labels": "llm", "record_answer": False}
 PAPER |= {"retrieved": 10, "k": 1, "rerank": "always", "candidates": "sampled", "select": "best"}
 PAPER |= {"samples": 8, "greedy_first": False, "temperature": 1.0}
-
 PRESETS = {"default": {}, "paper": PAPER}
 
 LOCAL = frozenset(LLM.model_fields) - {"max_tokens", "samples", "temperature", "constrain"}

@@ -241,6 +241,16 @@ def test_an_estimate_uses_measured_tokens_and_prices(tmp_path: Path) -> None:
     assert stage.calls == 4
 
 
+def test_an_estimate_takes_the_list_of_prices_or_has_none(tmp_path: Path) -> None:
+    one = experiment(TAGS, tmp_path, "zero-shot")
+    assert {row["money"] for row in estimate_rows(estimate_cost(one))} == {"no price"}
+    file = tmp_path / "prices.toml"
+    file.write_text('[models]\n"*" = { input = 2e6, output = 0 }')
+    listed = replace(one, settings=one.settings.model_copy(update={"prices": file}))
+    (stage,) = estimate_cost(listed).stages
+    assert stage.cost == 2 * stage.prompt_tokens > 0
+
+
 def test_estimated_minutes_are_wall_clock(tmp_path: Path) -> None:
     assert estimate_cost(experiment(TAGS, tmp_path, "zero-shot")).texts == 0  # reads nothing
     one = experiment(TAGS, tmp_path, "hydra@1,3")

@@ -373,7 +373,7 @@ def test_a_store_that_had_keys_stays_closed_without_any(store: Store) -> None:
     assert store.keys() == []
     assert store.has_keys()
     store.add_key(Key("k2", "hash2", "", False, ("bob",), 1.0, None))
-    assert store.delete_user("bob") == {"keys": 1}, "known by a key alone"
+    assert store.delete_user("bob") == {"keys": 1, "spend": 0}, "known by a key alone"
     assert store.delete_user("bob") is None
 
 
@@ -588,6 +588,10 @@ def test_a_backup_is_a_store_and_fills_an_empty_one(store: Store, tmp_path: Path
     exports = {name: store.export_user(name) for name in store.users()}
     for name in exports:
         store.delete_user(name)
+    with pytest.raises(StoreError, match="is not empty"):  # there is what nobody has spent
+        restore(store, saved)
+    with store.writing() as connection:
+        connection.execute(sa.delete(schema.spend))
     assert restore(store, saved) == counts
     saved.close()
     assert {name: store.export_user(name) for name in store.users()} == exports

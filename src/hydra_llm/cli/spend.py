@@ -95,7 +95,7 @@ def prices(
     from hydra_llm.llm.prices import load_prices
 
     known = load_prices(file or load_settings().prices)
-    models = [model] if model is not None else [*(known.models | known.own)]
+    models = [model] if model is not None else [*{**known.models, **known.own}]
     rows = []
     for name in models:
         price = known.of(name)

@@ -67,11 +67,8 @@ class AccessMiddleware:
         async def watched(message: Message) -> None:
             nonlocal started
             started = True
-            if bill.limited and bill.spent and not message.get("more_body", False):
-                # Before the end is told: the next request must find what this one has spent.
-                ledger.take(bill)
-                with suppress(StoreError):  # it took too long, and goes on
-                    await self._gateway.reads.read(ledger.flush)
+            if not message.get("more_body", False):
+                await self._settle(bill)
             await send(message)
 
         state = scope.setdefault("state", {})
@@ -95,13 +92,22 @@ class AccessMiddleware:
             await response(scope, receive, send)
         finally:
             bill.closed = True
-            ledger.take(bill)
+            self._gateway.ledger.take(bill)
             state["route"] = getattr(scope.get("route"), "path", "unknown")
 
     def _is_open(self, path: str) -> bool:
         """Whether no key is asked for in a header."""
         on = self._gateway.settings.dashboard
         return path.startswith(OPEN_PATHS) or (on and f"{path}/".startswith(f"{DASHBOARD}/"))
+
+    async def _settle(self, bill: Bill) -> None:
+        """Write what a payer with a limit has spent, before the end of the answer is told: the next
+        request must find it.
+        """
+        if bill.limited and bill.spent:
+            self._gateway.ledger.take(bill)
+            with suppress(StoreError):  # it took too long, and goes on
+                await self._gateway.reads.read(self._gateway.ledger.flush)
 
     async def _authorize(self, scope: Scope) -> None:
         """Find the caller. While the store is down, callers of the last minutes are still known."""
