@@ -61,7 +61,7 @@ class AccessMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, bill, ledger = False, Bill(), self._gateway.ledger
+        started, bill = False, Bill()
         paying.set(bill)
 
         async def watched(message: Message) -> None:
