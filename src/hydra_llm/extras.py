@@ -12,6 +12,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
         "alembic",
         "fastapi",
         "fastapi_offline",
+        "jinja2",
         "opentelemetry",
         "prometheus_client",
         "psycopg",

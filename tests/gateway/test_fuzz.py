@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hydra_llm.gateway.app import make_app
+from hydra_llm.gateway.auth import Access
 from hydra_llm.gateway.mcp_tools import TOOLS, Tool
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import StoredResponse
+from hydra_llm.store.values import Key, StoredResponse
 from hydra_llm.types import Record
 from tests.waiting import FOREVER
 
@@ -50,12 +51,19 @@ class Served:
         kept = {"input": [{"id": "in_0", "role": "user"}], "response": {"output": []}}
         response = StoredResponse(ID, "ada", time.time(), None, kept)
         assert self.store.add_response(response, version=None)
+        if self.store.key(ID) is None:
+            self.store.add_key(Key(ID, "no hash", "", False, ("bob",), time.time(), None))
+
+
+KEY = "an-admin-key-for-fuzz"
+HEADERS = {"authorization": f"Bearer {KEY}"}
 
 
 @pytest.fixture(scope="module")
 def serving(tmp_path_factory: pytest.TempPathFactory, bundles: dict[str, Path]) -> Iterator[Served]:
     store = Store(f"sqlite:///{tmp_path_factory.mktemp('fuzz') / 'store.db'}")
-    app = make_app(store, Scripted(), bundle=bundles["tags"])
+    access = Access(admin_key=KEY)  # a key that is made by a request must not end the others
+    app = make_app(store, Scripted(), bundle=bundles["tags"], access=access)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -90,7 +98,7 @@ def test_no_request_is_answered_with_a_500(serving: Served, served: str) -> None
             if known:
                 own = {part: KNOWN.get(part, value) for part, value in case.path_parameters.items()}
                 case.path_parameters = own
-            response = case.call()
+            response = case.call(headers=HEADERS, timeout=FOREVER)
             assert response.status_code < 500, (case.method, case.path, case.body, response.text)
             if response.status_code >= 400 and case.path.startswith("/v1"):
                 assert response.json()["error"]["message"]
@@ -118,7 +126,7 @@ def test_no_tool_call_is_answered_with_a_500(served: str) -> None:
     about = {"openapi": "3.1.0", "info": {"title": "tools", "version": "1"}, "paths": paths}
     schema = schemathesis.openapi.from_dict(about)
     headers = {"accept": "application/json, text/event-stream", "x-hydra-user": "ada"}
-    headers["mcp-protocol-version"] = "2025-06-18"
+    headers |= {"mcp-protocol-version": "2025-06-18", **HEADERS}
     call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call"}
     with httpx2.Client(base_url=served, headers=headers, timeout=FOREVER) as http:
         for result in schema.get_all_operations():
@@ -173,7 +181,7 @@ def test_no_tool_call_is_answered_with_a_500(served: str) -> None:
     ],
 )
 def test_malformed_bodies(served: str, body: bytes, status: int) -> None:
-    url, headers = f"{served}/v1/chat/completions", {"content-type": "application/json"}
+    url, headers = f"{served}/v1/chat/completions", {**HEADERS, "content-type": "application/json"}
     answer = httpx2.post(url, content=body, headers=headers, timeout=FOREVER)
     assert answer.status_code == status, answer.text
     if status >= 400:

@@ -693,6 +693,7 @@ ENDPOINTS = [
     ("DELETE", "/v1/users/{user}", None),
     ("POST", "/v1/users/{user}/search", {"query": "a"}),
     ("GET", "/v1/users/{user}/requests", None),
+    ("PUT", "/v1/users/{user}/personalization", {"enabled": True}),
     ("POST", "/v1/responses", {"model": "m", "input": "x", "user": "{user}"}),
     ("GET", "/v1/responses/resp_{user}", None),
     ("GET", "/v1/responses/resp_{user}/input_items", None),

@@ -158,6 +158,7 @@ async def test_users_are_listed_in_pages_for_whom_a_key_may_speak(either: Store)
             "records": 3,
             "feedback": 0,
             "requests": 0,
+            "latest": None,
         }
         rest = await listed(admin, limit=2, after="bob")
         assert [user["id"] for user in rest["data"]] == ["cleo"]

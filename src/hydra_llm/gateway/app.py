@@ -17,6 +17,7 @@ from hydra_llm import __version__
 from hydra_llm.config import Settings, load_settings
 from hydra_llm.errors import HydraError
 from hydra_llm.gateway import (
+    admin_routes,
     forward,
     health,
     mcp_routes,
@@ -26,6 +27,7 @@ from hydra_llm.gateway import (
     spend_routes,
     user_routes,
 )
+from hydra_llm.gateway.activity import ACTIVITY_DAYS
 from hydra_llm.gateway.auth import Access
 from hydra_llm.gateway.deployment import folder_of, open_deployment
 from hydra_llm.gateway.gateway import Gateway
@@ -46,6 +48,7 @@ from hydra_llm.store.store import Store
 
 WATCH_SECONDS = 1.0
 PRUNE_SECONDS = 600.0
+COUNT_SECONDS = 10.0
 DAY = 86400.0
 
 
@@ -76,16 +79,25 @@ def make_app(
     telemetry.state.register(StateCollector(gateway))
     about = {"title": "hydra-llm", "version": __version__, "static_url": "/docs/static"}
     app = FastAPIOffline(**about, lifespan=_lifespan, redoc_url=None)  # /docs from here alone
+    app.state.bundle = bundle  # until the store names one
     app.state.gateway, app.state.readiness = gateway, health.Readiness(gateway)
     app.state.worker = Worker(store, lambda: gateway.deployment, llm, ledger)
     app.state.embedder = Embedder()
-    routes = (openai_routes, response_routes, message_routes, user_routes, spend_routes, mcp_routes)
-    for module in (*routes, health, forward):  # the last one takes what is left
+    _add_dashboard(app, gateway, access or Access())
+    routes = (openai_routes, response_routes, message_routes, user_routes, admin_routes)
+    for module in (*routes, spend_routes, mcp_routes, health, forward):  # the last takes the rest
         app.include_router(module.router)
     for kind in ERRORS:
         app.add_exception_handler(kind, error_response)
     _add_middleware(app, gateway, access or Access())
     return app
+
+
+def _add_dashboard(app: FastAPI, gateway: Gateway, access: Access) -> None:
+    if gateway.settings.dashboard:
+        from hydra_llm.gateway import ui  # what needs no dashboard needs no templates
+
+        ui.add_to(app, gateway.store, access, gateway.settings)
 
 
 def _add_middleware(app: FastAPI, gateway: Gateway, access: Access) -> None:
@@ -109,13 +121,14 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     gateway, worker = app.state.gateway, app.state.worker
     upstream = gateway.upstream
     worker.thread.start()
-    work = (_watch, _prune, _flush)
+    work = (_watch, _prune, _flush, _count)
     tasks = [asyncio.create_task(do(gateway)) for do in work]
     yield
     for task in tasks:
         task.cancel()
     await run_sync(worker.close)
     await run_sync(gateway.deployment.batcher.close)
+    await run_sync(gateway.telemetry.activity.keep, gateway.store)
     await run_sync(gateway.ledger.flush)
     await run_sync(gateway.telemetry.tracing.close)
     await upstream.aclose()
@@ -141,12 +154,20 @@ async def _watch(gateway: Gateway) -> None:
             gateway.telemetry.failed("bundle", error)
 
 
+async def _count(gateway: Gateway) -> None:
+    """Add what happened here to the figures of all servers."""
+    while True:
+        await asyncio.sleep(COUNT_SECONDS)
+        await run_sync(gateway.telemetry.activity.keep, gateway.store)
+
+
 async def _prune(gateway: Gateway) -> None:
     """Delete answered requests and ended jobs that are older than the retention."""
     while True:
         with suppress(HydraError):
             before = time.time() - gateway.settings.retention_days * DAY
             await run_sync(gateway.store.prune, before)
+            await run_sync(gateway.store.prune_activity, time.time() - ACTIVITY_DAYS * DAY)
             await run_sync(_prune_spend, gateway)
             await run_sync(gateway.store.truncate_log)
         await asyncio.sleep(PRUNE_SECONDS)

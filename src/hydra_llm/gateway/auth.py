@@ -49,6 +49,10 @@ class Access:
         same = hmac.compare_digest(_hash(token.strip()), _hash(self.admin_key))
         return bool(self.admin_key) and scheme.lower() == "bearer" and same
 
+    def needs_key(self, store: Store) -> bool:
+        """Whether nobody is served without a key."""
+        return bool(self.admin_key) or not self.on_loopback or store.has_keys()
+
 
 ADMIN = Caller("admin", True, ())  # the caller with HYDRA_ADMIN_KEY
 WITHOUT_KEYS = Caller("", True, ())  # the caller of a server that has no keys yet
@@ -89,12 +93,17 @@ def caller_of(store: Store, authorization: str | None, access: Access) -> Caller
     # The same work for an unknown key: the time that it takes tells nothing.
     matches = hmac.compare_digest(_hash(secret), key.hash if key else NO_HASH)
     if key and matches and key.revoked is None:
-        bound = key.users[0] if key.bound and key.users else None
-        return Caller(key.id, key.admin, key.users, bound)
-    if access.admin_key or not access.on_loopback or store.has_keys():
+        return caller_with(key)
+    if access.needs_key(store):
         message = "this key is not valid: pass `Authorization: Bearer hk-...`"
         raise ApiError(401, message, code="invalid_api_key")
     return WITHOUT_KEYS
+
+
+def caller_with(key: Key) -> Caller:
+    """The caller who has shown a key that is not revoked."""
+    bound = key.users[0] if key.bound and key.users else None
+    return Caller(key.id, key.admin, key.users, bound)
 
 
 def _hash(secret: str) -> str:

@@ -41,7 +41,7 @@ from hydra_llm.gateway.structured import form_of, is_text
 from hydra_llm.gateway.telemetry import Telemetry, note
 from hydra_llm.gateway.turns import asking
 from hydra_llm.gateway.upstream import Upstream, UpstreamError, usage_of
-from hydra_llm.gateway.user_cache import TimedReads, texts_of
+from hydra_llm.gateway.user_cache import TimedReads, UserSnapshot, texts_of
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request
 
@@ -104,7 +104,7 @@ class Gateway:
         started = time.perf_counter()
         options, plain, deployment = routed.options, routed.plain, routed.deployment
         settings, form = deployment.pipeline.settings, form_of(plain)
-        search = await self.search(deployment, user, asked_question(routed), options)
+        search = await self.search(deployment, user, asked_question(routed), options, answers=True)
         shown = search.ranked[: settings.k if options.k is None else options.k]
         prompt, *beside = deployment.pipeline.render_all(
             search.context.query,
@@ -133,18 +133,18 @@ class Gateway:
         )
 
     async def search(
-        self, deployment: Deployment, name: str, question: str, options: PersonalizationOptions
+        self,
+        deployment: Deployment,
+        name: str,
+        question: str,
+        options: PersonalizationOptions,
+        *,
+        answers: bool = False,
     ) -> RecordSearch:
-        """The user's records for a question; NotPersonal names the reason why there are none."""
-        try:
-            user = await self.reads.read(partial(deployment.users.current, name))
-        except Exception as error:
-            self.telemetry.failed("store", error)
-            raise NotPersonal("store-failure") from None
-        if (bill := paying.get()) is not None:
-            bill.known(None if user is None else user.version)
-        if user is None:
-            raise NotPersonal("unknown-user")
+        """The user's records for a question; NotPersonal names the reason why there are none.
+        `answers`: to answer it, which the user may have switched off.
+        """
+        user = await self._user(deployment, name, answers)
         # Scorers and records know the text within the task's instruction.
         within = deployment.pipeline.task.input_of(question)
         # One character more than a record may have: feedback on a longer one makes no record.
@@ -172,6 +172,20 @@ class Gateway:
         if search.reason:
             raise NotPersonal(search.reason)
         return search
+
+    async def _user(self, deployment: Deployment, name: str, answers: bool) -> UserSnapshot:
+        try:
+            user = await self.reads.read(partial(deployment.users.current, name))
+        except Exception as error:
+            self.telemetry.failed("store", error)
+            raise NotPersonal("store-failure") from None
+        if (bill := paying.get()) is not None:
+            bill.known(None if user is None else user.version)
+        if user is None:
+            raise NotPersonal("unknown-user")
+        if answers and user.off:
+            raise NotPersonal("switched-off")
+        return user
 
     # ---- the upstream
 
@@ -212,7 +226,8 @@ class Gateway:
         kept = await self._keep(request, ranked)
         if self.settings.personalization:
             completion["personalization"] = personalization_of(request, ranked, kept)
-        self.telemetry.answered(None, request.seconds, ranked.abstained)
+        chosen = None if ranked.unscored else ranked.abstained
+        self.telemetry.answered(None, request.seconds, chosen)
         return completion, request
 
     def without_records(self, request: RoutedRequest, error: UpstreamError) -> RoutedRequest:

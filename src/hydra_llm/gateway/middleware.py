@@ -6,7 +6,7 @@ import math
 import string
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import partial
 from urllib.parse import quote, unquote, urlsplit
@@ -33,6 +33,7 @@ UPSTREAM_PATHS = (
     *("/v1/models", "/v1/responses"),
 )
 MCP_PATH = "/mcp"
+DASHBOARD = "/ui"  # has sessions in place of keys (ui/session.py)
 KNOWN_SECONDS = 300.0  # how long a caller is known while the store is down
 KNOWN_CALLERS, LIMITED_KEYS = 10_000, 100_000  # cache sizes; the oldest go first
 ERRORS = (ApiError, HydraError, RequestValidationError, HTTPException)
@@ -71,11 +72,9 @@ class AccessMiddleware:
             await send(message)
 
         state = scope.setdefault("state", {})
-        if get_route_path(scope).startswith("/v1/users/") and (raw := scope.get("raw_path")):
-            # As sent: a decoded `%2F` would split an id (user_routes decodes).
-            scope = {**scope, "path": quote(raw, safe=string.printable)}
+        scope = _as_sent(scope)
         try:
-            if not get_route_path(scope).startswith(OPEN_PATHS):
+            if not self._is_open(get_route_path(scope)):
                 await self._authorize(scope)
                 bill.key = scope["state"]["caller"].key
             await self._app(scope, self._limited(scope, receive), watched)
@@ -95,6 +94,11 @@ class AccessMiddleware:
             bill.closed = True
             self._gateway.ledger.take(bill)
             state["route"] = getattr(scope.get("route"), "path", "unknown")
+
+    def _is_open(self, path: str) -> bool:
+        """Whether no key is asked for in a header."""
+        on = self._gateway.settings.dashboard
+        return path.startswith(OPEN_PATHS) or (on and f"{path}/".startswith(f"{DASHBOARD}/"))
 
     async def _settle(self, bill: Bill) -> None:
         """Write what a payer with a limit has spent, before the end of the answer is told: the next
@@ -131,26 +135,9 @@ class AccessMiddleware:
             raise
         keyless = caller in (WITHOUT_KEYS, UNVERIFIED)
         if keyless or get_route_path(scope) == MCP_PATH:
-            self._check_origin(scope, keyless)
+            check_origin(scope, self._gateway.settings.cors_origins, keyless)
         self._rates.check(caller.key)
         scope.setdefault("state", {})["caller"] = caller
-
-    def _check_origin(self, scope: Scope, keyless: bool) -> None:
-        """Without keys only this machine's programs and pages are served: a foreign page reaches
-        the server too, under a name of its own (DNS rebinding) or by a request across origins. MCP
-        asks for a check of the origin with a key as well.
-        """
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        origin, allowed = headers.get(b"origin"), self._gateway.settings.cors_origins
-        foreign = origin is not None and not {"*", origin} & {*allowed} and not is_local(origin)
-        if foreign and not keyless:
-            fix = "add it to the setting cors_origins"
-            raise ApiError(
-                403, f"pages of this origin may not call {MCP_PATH}: {fix}", code="foreign"
-            )
-        if foreign or (keyless and not is_local(f"http://{headers.get(b'host') or 'localhost'}")):
-            fix = "create a key (`hydra-llm keys create --admin`), or name the server localhost"
-            raise ApiError(403, f"without keys only this machine is served: {fix}", code="foreign")
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
         most, seen = self._gateway.settings.max_body_bytes, 0
@@ -168,6 +155,29 @@ class AccessMiddleware:
             return message
 
         return counted
+
+
+def _as_sent(scope: Scope) -> Scope:
+    """Paths of users as they were sent: a decoded `%2F` would split an id (user_routes decodes)."""
+    if get_route_path(scope).startswith("/v1/users/") and (raw := scope.get("raw_path")):
+        return {**scope, "path": quote(raw, safe=string.printable)}
+    return scope
+
+
+def check_origin(scope: Scope, origins: Collection[str], keyless: bool) -> None:
+    """Without keys only this machine's programs and pages are served: a foreign page reaches the
+    server too, under a name of its own (DNS rebinding) or by a request across origins. MCP asks for
+    a check of the origin with a key as well. `origins`: who else may call. Else `ApiError` 403.
+    """
+    headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+    origin = headers.get(b"origin")
+    foreign = origin is not None and not {"*", origin} & {*origins} and not is_local(origin)
+    if foreign and not keyless:
+        fix = "add it to the setting cors_origins"
+        raise ApiError(403, f"pages of this origin may not call {MCP_PATH}: {fix}", code="foreign")
+    if foreign or (keyless and not is_local(f"http://{headers.get(b'host') or 'localhost'}")):
+        fix = "create a key (`hydra-llm keys create --admin`), or name the server localhost"
+        raise ApiError(403, f"without keys only this machine is served: {fix}", code="foreign")
 
 
 class RootPath:

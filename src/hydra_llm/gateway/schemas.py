@@ -214,6 +214,20 @@ class SearchIn(_Strict):
     limit: Annotated[int, Field(ge=1, le=64, description="Max records.")] = 10
 
 
+class SwitchIn(_Strict):
+    """Whether a user's answers are to be personal."""
+
+    enabled: Annotated[bool, Field(strict=True)]
+
+
+class KeyIn(_Strict):
+    """A key to create: for users, or as an administrator for all."""
+
+    users: list[Id] = []
+    admin: Annotated[bool, Field(strict=True)] = False
+    label: Annotated[str, Field(max_length=MAX_ID)] = ""
+
+
 class FeedbackIn(_Strict):
     """What a user made of an answer: exactly one of the four."""
 

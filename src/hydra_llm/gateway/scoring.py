@@ -114,14 +114,15 @@ class RankedChoices:
     def stored(self, count: int, visible: int) -> dict[str, Any]:
         """What the store keeps of a request for feedback. `count`: choices that the caller saw."""
         texts = choice_texts(self.choices)
-        names = ("text", "answer", "votes", "greedy", "score")
+        names = ("text", "answer", "votes", "greedy", "score", "probability")
         candidates = [
             {"said": text, **{name: getattr(candidate, name) for name in names}}
             for candidate, text in zip(self.candidates, texts, strict=False)
         ]
         repeated = zip(self.repeats, texts[len(candidates) : count], strict=False)
         repeats = [{"candidate": which, "said": text} for which, text in repeated]
-        return {"candidates": candidates, "repeats": repeats, "visible": visible}
+        how = {"abstained": self.abstained, "unscored": self.unscored}
+        return {"candidates": candidates, "repeats": repeats, "visible": visible, **how}
 
 
 def choice_texts(choices: Sequence[Mapping[str, Any]]) -> list[str]:

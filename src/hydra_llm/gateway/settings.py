@@ -99,6 +99,12 @@ class ServeSettings(config.Group):
     passthrough: Literal["admin", "all", "off"] = "admin"
     """Whose requests to other paths of /v1 are passed on; the upstream's key opens them."""
 
+    # ---- dashboard
+    dashboard: bool = False
+    """Serve pages for people at /ui, with sign-in by key. Off: there is no such path."""
+    session_hours: float = Field(default=8.0, gt=0, le=24 * 30)
+    """Hours after which one has to sign in at the dashboard again."""
+
     # ---- retention
     retention_days: float = Field(default=30.0, ge=0)
     """Days that answered requests are kept for feedback, and responses for conversations."""

@@ -12,6 +12,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from hydra_llm.gateway.activity import Activity
 from hydra_llm.gateway.tracing import Tracing
 from hydra_llm.llm.wire import tokens_of
 from hydra_llm.store.values import Spend
@@ -78,6 +79,7 @@ class Telemetry:
         stages = partial(Histogram, buckets=SECONDS, registry=self.registry)
         self._stages = stages("hydra_stage_seconds", "Seconds by stage", ["stage"])
         gauge = partial(Gauge, registry=self.registry, multiprocess_mode="livesum")
+        self.activity = Activity()
         self.in_flight = gauge("hydra_in_flight", "Requests in flight")
         self.models, self.state = ModelNames(), CollectorRegistry()
         self._count_spend()
@@ -123,14 +125,15 @@ class Telemetry:
             self._cost.labels(model, kind).inc(spend.money)
 
     def answered(
-        self, reason: str | None, seconds: Mapping[str, float], abstained: bool = False
+        self, reason: str | None, seconds: Mapping[str, float], abstained: bool | None = None
     ) -> None:
-        """There is an answer to a chat request."""
+        """There is an answer to a chat request; `abstained` is None where no adapter has chosen."""
+        self.activity.answered(reason or "personal", seconds, abstained)
         note(reason=reason or "personal", seconds=seconds)
         self._answers.labels(reason or "personal").inc()
         for stage, spent in seconds.items():
             self._stages.labels(stage).observe(spent)
-        self._abstained.inc(int(abstained))
+        self._abstained.inc(int(abstained or False))
 
     def failed(self, part: str, error: BaseException) -> None:
         """A part failed and was left out. The log has the class: the message may quote a user."""

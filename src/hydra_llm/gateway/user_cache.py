@@ -61,6 +61,7 @@ class UserSnapshot:
     version: int
     records: tuple[Record, ...]  # oldest first
     heads: Mapping[str, Head]  # by scorer
+    off: bool = False  # whether the user wants no personal answers
 
 
 class UserCache:
@@ -94,11 +95,12 @@ class UserCache:
         version, records = self._store.records(name)
         if version is None:
             return None
+        off = self._store.is_off(name)  # behind the version: a later one is read again
         own, bundle = {}, self._bundle
         if bundle is not None:
             heads = from_stored(self._store.heads(name, bundle.weights))
             own = {scorer: head for scorer, head in heads.items() if scorer in bundle.scorers}
-        user = UserSnapshot(name, version, tuple(records), own)
+        user = UserSnapshot(name, version, tuple(records), own, off)
         with self._lock:
             if dropped == self._dropped:  # else this may be the user who was deleted meanwhile
                 self._recent[name] = user

@@ -25,6 +25,7 @@ from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.profile import describe, in_words, leanings
 from hydra_llm.gateway.routed import NotPersonal
 from hydra_llm.gateway.schemas import (
+    MAX_ID,
     ApiError,
     FeedbackIn,
     Id,
@@ -33,6 +34,7 @@ from hydra_llm.gateway.schemas import (
     RecordIn,
     RecordsIn,
     SearchIn,
+    SwitchIn,
     id_fault,
 )
 from hydra_llm.gateway.spend_limits import admit
@@ -221,19 +223,36 @@ def job(user: User, id: PathId, http: Request) -> dict[str, Any]:
     return _job_json(job)
 
 
+@router.put("/users/{user}/personalization")
+async def switch(user: User, sent: SwitchIn, http: Request) -> dict[str, Any]:
+    """Switch personal answers of a user off, or on again. Nothing is deleted."""
+    gateway = _gateway(http, user)
+
+    def write() -> None:
+        with gateway.store.change(user, create=True) as change:
+            change.switch(off=not sent.enabled)
+
+    await run_sync(write)
+    return {"user": user, "enabled": sent.enabled}
+
+
 @router.get("/users")
 def list_users(
-    http: Request, after: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 100
+    http: Request,
+    after: str = "",
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    contains: Annotated[str, Query(max_length=MAX_ID)] = "",
 ) -> dict[str, Any]:
     """Users by id with counts of what is kept; `after` is the last id of the page before. A key
     sees the users for whom it may speak.
     """
-    if after and (fault := id_fault(after)):
-        raise ApiError(400, f"after: {fault}", param="after")
+    for name, part in (("after", after), ("contains", contains)):
+        if part and (fault := id_fault(part)):
+            raise ApiError(400, f"{name}: {fault}", param=name)
     caller: Caller = http.state.caller
     names = None if caller.admin else caller.users
     store: Store = http.app.state.gateway.store
-    page = store.user_counts(after=after, limit=limit + 1, names=names)
+    page = store.user_counts(after=after, limit=limit + 1, names=names, contains=contains)
     data = [asdict(counts) for counts in page[:limit]]
     return {"object": "list", "data": data, "has_more": len(page) > limit}
 

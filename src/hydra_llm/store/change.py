@@ -68,6 +68,13 @@ class UserChange:
         ids = {record.id for record in records}
         return self._execute(rows).scalar_one() + len(ids) - len(self._known(ids))
 
+    def switch(self, *, off: bool) -> None:
+        """Whether the user wants no personal answers."""
+        users = schema.users
+        own = sa.update(users).where(users.c.key == self._key)
+        self._execute(own.values(off=off))
+        self.changed = True
+
     def forget_heads(self) -> None:
         """Delete the user's heads, so that no feedback counts as learned."""
         self._delete(schema.heads)

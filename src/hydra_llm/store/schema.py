@@ -52,6 +52,8 @@ def beginning(column: "Column[Any]") -> sa.Function[str]:
 
 
 users = _table("users", "key", key=Key, name=Text, version=Number, created=Time)
+users.append_column(Column("off", Boolean, nullable=False, server_default=sa.false()))
+"""`off`: the user wants no personal answers."""
 sa.UniqueConstraint(users.c.name)
 
 records = _of_users("records", id=Text, position=Number, input=Text, output=Text, time=Text)
@@ -86,6 +88,7 @@ unbound when all but one are deleted.
 """
 keys.append_column(Column("revoked", Time))
 sa.UniqueConstraint(keys.c.hash)
+Index("ix_keys_created", keys.c.created)
 
 key_users = _table("key_users", key=Short, name=Text)
 sa.ForeignKeyConstraint([key_users.c.key], ["keys.id"], ondelete="CASCADE")
@@ -95,6 +98,7 @@ Index("ix_key_users_name", key_users.c.name)
 _progress = {"done": Number, "total": Number, "error": Text, "created": Time, "updated": Time}
 jobs = _of_users("jobs", "id", id=Name, kind=Short, state=Short, **_progress)
 Index("ix_jobs_state", jobs.c.state)
+Index("ix_jobs_created", jobs.c.created)
 
 serving = _table("serving", "name", name=Short, value=Text)
 """What all servers of this store share, such as the bundle in use."""
@@ -117,6 +121,16 @@ Index("ix_totals_period", totals.c.period)
 limits = _table("limits", kind=Short, name=Text, value=Text)
 """What a key or user may spend, where it is not what the settings say."""
 Index("ix_limits_kind_name", limits.c.kind, limits.c.name, unique=True)
+
+_owner = ForeignKey("keys.id", ondelete="CASCADE")
+_session_key = Column("key", Short, _owner, index=True)  # NULL: signed in without a stored key
+sessions = _table("sessions", "id", _session_key, id=Name, proof=Name, expires=Time)
+"""Who is signed in at the dashboard. `id` is the hash of what the browser holds."""
+Index("ix_sessions_expires", sessions.c.expires)
+
+activity = _table("activity", hour=Number, kind=Short, name=Name, count=Number)
+"""How often something happened in an hour; `hour` is its beginning."""
+Index("ix_activity_hour", *activity.c[("hour", "kind", "name")], unique=True)
 
 OF_USERS = (feedback, requests, responses, jobs, heads, records)
 """Tables with a column `user`, in an order in which rows may be deleted."""

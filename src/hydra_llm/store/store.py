@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 import sqlalchemy as sa
@@ -21,21 +21,14 @@ from hydra_llm.history import in_order, parse_time
 from hydra_llm.store import migrate, schema
 from hydra_llm.store.change import UserChange, check_version, known_or_new, locked_user
 from hydra_llm.store.database import in_parts, insert_new, one_line_errors
+from hydra_llm.store.pages import Pages, with_names
+from hydra_llm.store.sessions import Sessions
 from hydra_llm.store.spend import Spending, forget_spender
-from hydra_llm.store.values import (
-    Added,
-    Job,
-    Key,
-    Request,
-    StoredFeedback,
-    StoredHead,
-    UserCounts,
-    UserState,
-)
+from hydra_llm.store.values import Added, Job, Key, Request, StoredFeedback, StoredHead, UserState
 from hydra_llm.types import ARROW, UNREADABLE, Record, Span, as_one_text
 
 
-class Store(Spending):
+class Store(Spending, Pages, Sessions):
     """All that the gateway keeps. Any number of threads and processes may use one database."""
 
     def __init__(self, url: str | URL, *, timeout: float = 30.0, create: bool = True):
@@ -57,23 +50,15 @@ class Store(Spending):
         rows = self.rows(sa.select(version.scalar_subquery(), bundle.scalar_subquery()))
         return UserState(*rows[0])
 
+    def is_off(self, name: str) -> bool:
+        """Whether the user wants no personal answers; the version grows when that changes."""
+        rows = self.rows(sa.select(schema.users.c.off).where(schema.users.c.name == name))
+        return bool(rows and rows[0].off)
+
     def users(self) -> list[str]:
         """Every user's name, in the order in which they came."""
         query = sa.select(schema.users.c.name).order_by(schema.users.c.key)
         return [name for (name,) in self.rows(query)]
-
-    def user_counts(
-        self, *, after: str = "", limit: int = 100, names: Sequence[str] | None = None
-    ) -> list[UserCounts]:
-        """How much is kept about each user (of `names`), by name from the first behind `after`."""
-        users, columns = schema.users.c, []
-        for table in (schema.records, schema.feedback, schema.requests):
-            rows = sa.select(sa.func.count()).where(table.c.user == users.key)
-            columns.append(rows.correlate(schema.users).scalar_subquery())
-        query = sa.select(users.name, users.created, *columns).where(users.name > after)
-        if names is not None:
-            query = query.where(users.name.in_(names))
-        return [UserCounts(*row) for row in self.rows(query.order_by(users.name).limit(limit))]
 
     def records(self, name: str) -> tuple[int | None, list[Record]]:
         """The user's version and its records, oldest first; (None, []) if unknown."""
@@ -164,6 +149,7 @@ class Store(Spending):
                 columns = [column for column in table.c if column.name != "user"]
                 queries[table.name] = sa.select(*columns).where(table.c.user == user.key)
             export = {"user": name, "version": user.version, "created": user.created}
+            export["off"] = user.off
             for part, query in reversed(queries.items()):
                 export[part] = [dict(row) for row in connection.execute(query).mappings()]
         return export
@@ -184,14 +170,8 @@ class Store(Spending):
         return user is not None
 
     def request(self, id: str) -> Request | None:
-        rows = self.rows(_with_names(schema.requests, Request).where(schema.requests.c.id == id))
+        rows = self.rows(with_names(schema.requests, Request).where(schema.requests.c.id == id))
         return Request(*rows[0]) if rows else None
-
-    def latest_requests(self, name: str, count: int) -> list[Request]:
-        """The user's latest answered requests, newest first."""
-        rows = _with_names(schema.requests, Request).where(schema.users.c.name == name)
-        newest = rows.order_by(schema.requests.c.created.desc(), schema.requests.c.id)
-        return [Request(*row) for row in self.rows(newest.limit(count))]
 
     def unlearned_feedback(
         self,
@@ -242,7 +222,7 @@ class Store(Spending):
         """
         now, jobs = time.time(), schema.jobs.c
         job = Job(id, name, kind, "waiting", 0, 0, "", now, now)
-        same = _with_names(schema.jobs, Job).where(jobs.kind == kind, jobs.state == "waiting")
+        same = with_names(schema.jobs, Job).where(jobs.kind == kind, jobs.state == "waiting")
         with self.writing() as connection:
             user = locked_user(connection, name)
             if user is None:
@@ -255,14 +235,14 @@ class Store(Spending):
     def job(self, name: str, id: str) -> Job | None:
         """A user's job."""
         own = (schema.users.c.name == name, schema.jobs.c.id == id)
-        rows = self.rows(_with_names(schema.jobs, Job).where(*own))
+        rows = self.rows(with_names(schema.jobs, Job).where(*own))
         return Job(*rows[0]) if rows else None
 
     def claim_job(self, *, abandoned_after: float = 600.0) -> Job | None:
         """Take the oldest job that waits, or that has had no update for so many seconds."""
         table, now = schema.jobs.c, time.time()
         abandoned = (table.state == "running") & (table.updated < now - abandoned_after)
-        ready = _with_names(schema.jobs, Job).where((table.state == "waiting") | abandoned)
+        ready = with_names(schema.jobs, Job).where((table.state == "waiting") | abandoned)
         first = ready.order_by(table.created, table.id).limit(1)
         locked = first.with_for_update(skip_locked=True, of=schema.jobs)
         with self.writing() as connection:
@@ -364,10 +344,3 @@ def _one_of(column: Any, texts: Sequence[str]) -> tuple[sa.ColumnElement[bool], 
     """That the column is one of the texts, found by the index of their beginnings."""
     beginning = schema.beginning(column)
     return beginning.in_({text[: schema.BEGINNING] for text in texts}), column.in_(texts)
-
-
-def _with_names(table: sa.Table, kind: type[Job | Request]) -> sa.Select[Any]:
-    """The table's rows in the order of the value's fields, with the users' names."""
-    columns = {field.name: table.c[field.name] for field in fields(kind)}
-    named = columns | {"user": schema.users.c.name}
-    return sa.select(*named.values()).join_from(table, schema.users)

@@ -24,6 +24,7 @@ class UserCounts:
     records: int
     feedback: int
     requests: int
+    latest: float | None  # when the latest personal answer was given that is kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,3 +178,23 @@ class Limited:
     kind: str  # key or user
     name: str
     value: str
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Somebody who is signed in at the dashboard."""
+
+    id: str  # the hash of what the browser holds
+    key: str | None  # the key's public id; None: it is not in the store
+    proof: str  # of what else must not change meanwhile
+    expires: float
+
+
+@dataclass(frozen=True, slots=True)
+class Happened:
+    """How often something happened in some hours."""
+
+    hour: int  # the beginning of the first, in seconds since 1970
+    kind: str
+    name: str
+    count: int

@@ -1,0 +1,188 @@
+"""The pages of administrators: activity, users, keys, jobs, the bundle in use. Each calls the
+function of an endpoint. A key for several users sees the list of these users too.
+"""
+
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+from anyio.to_thread import run_sync
+from fastapi import Query, Response
+
+from hydra_llm.gateway import admin_routes, spend_routes, user_routes
+from hydra_llm.gateway.admin_routes import gateway_of_admin
+from hydra_llm.gateway.deployment import folder_of
+from hydra_llm.gateway.schemas import MAX_ID, ApiError, KeyIn
+from hydra_llm.gateway.ui.charts import NAMES, SPANS, figures, money_bars, seconds, summed
+from hydra_llm.gateway.ui.pages import Form, Here, Visit, go, make_router, show
+from hydra_llm.gateway.ui.people import valid
+
+PAGE = 25
+MOST_SUMS = 10_000  # rows of days and models
+REPORT = "report.html"  # in a bundle's folder: of its benchmark, as `bench show --html` writes it
+REPORT_POLICY = (
+    "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline';"
+    " style-src 'unsafe-inline'; img-src data:; font-src data:; frame-ancestors 'none'"
+)
+"""A report has scripts of its own; in a sandbox they see nothing of the dashboard."""
+
+router = make_router()
+
+
+@router.get("/activity")
+def activity_page(here: Here, span: str = "day") -> Response:
+    """What was answered lately, and why not personally."""
+    chosen = SPANS.get(span, SPANS["day"])
+    rows = admin_routes.activity(here.http, hours=chosen.hours, step=chosen.step)["data"]
+    values: dict[str, Any] = {"span": chosen, "spans": SPANS, "names": NAMES, "seconds": seconds}
+    shown = figures(rows, chosen, time.time())
+    return show(here, "activity.html", figures=shown, **values)
+
+
+@router.get("/users")
+def users_page(here: Here, after: str = "", q: str = "") -> Response:
+    """The users for whom the caller may speak, with size and activity."""
+    contains = q.strip()[:MAX_ID]
+    page = user_routes.list_users(here.http, after=after, limit=PAGE, contains=contains)
+    more = page["data"][-1]["id"] if page["has_more"] else None
+    values = {"users": page["data"], "more": more, "first": not after, "q": q}
+    return show(here, "users.html", **values)
+
+
+@router.get("/spend")
+def spend_page(here: Here, days: Annotated[int, Query(ge=1, le=366)] = 7) -> Response:
+    """What was spent: of all users, or of those for whom the caller may speak."""
+    http = here.http
+    since = (datetime.now(UTC).date() - timedelta(days=days - 1)).isoformat()
+    spent = spend_routes.show_spend(http, by="day,model", since=since, limit=MOST_SUMS)
+    dearest = spend_routes.show_spend(http, by="user", since=since, limit=PAGE)
+    by_day, by_model = (summed(spent["data"], name) for name in ("day", "model"))
+    values: dict[str, Any] = {"total": spent["total"], "currency": spent["currency"]}
+    values |= {"days": days, "chosen": (7, 30, 90), "by_day": by_day, "by_user": dearest["data"]}
+    values["by_model"] = sorted(by_model, key=lambda row: row["cost"] or 0.0, reverse=True)
+    values["limits"] = spend_routes.show_limits(http) if here.caller.admin else None
+    values["bars"] = money_bars(by_day, days, since)
+    return show(here, "spend.html", **values)
+
+
+# ---- keys
+
+
+@router.get("/keys")
+def keys_page(here: Here, after: str = "") -> Response:
+    """The keys, newest first."""
+    return _keys_page(here, after)
+
+
+@router.post("/keys")
+def create_key(here: Here, form: Form) -> Response:
+    """Create a key, and show it this once."""
+    users = [name.strip() for name in form.get("users", "").split("\n") if name.strip()]
+    admin = form.get("kind") == "admin"
+    try:
+        label = form.get("label", "").strip()
+        sent = valid(KeyIn, users=[] if admin else users, admin=admin, label=label)
+        made = admin_routes.create_key(sent, here.http)
+    except ApiError as error:
+        if error.status != 400:
+            raise
+        return _keys_page(here, fault=str(error), given=form)
+    return show(here, "key_made.html", 201, made=made)
+
+
+@router.get("/keys/revoke")
+def ask_to_revoke(here: Here, id: str) -> Response:
+    """Whether a key is to be revoked."""
+    gateway_of_admin(here.http)
+    return show(here, "key_revoke.html", id=id, own=id == here.caller.key)
+
+
+@router.post("/keys/revoke")
+def revoke_key(here: Here, form: Form) -> Response:
+    """Revoke a key: sessions that were begun with it end at once."""
+    admin_routes.revoke_key(form.get("id", ""), here.http)
+    return go(here.http, "/keys", done="revoked")
+
+
+def _keys_page(
+    here: Visit, after: str = "", fault: str = "", given: dict[str, str] | None = None
+) -> Response:
+    page = admin_routes.list_keys(here.http, after=after, limit=PAGE)
+    values = {"keys": page["data"], "more": page["next"], "first": not after}
+    values |= {"fault": fault, "given": given or {}}
+    return show(here, "keys.html", 400 if fault else 200, **values)
+
+
+# ---- jobs and the bundle
+
+
+@router.get("/jobs")
+def jobs_page(here: Here, after: str = "") -> Response:
+    """The jobs of all users, newest first."""
+    page = admin_routes.list_jobs(here.http, after=after, limit=PAGE)
+    values = {"jobs": page["data"], "more": page["next"], "first": not after}
+    return show(here, "jobs.html", **values)
+
+
+@router.get("/bundle")
+def bundle_page(here: Here) -> Response:
+    """The bundle in use, with its model card."""
+    gateway = gateway_of_admin(here.http)
+    deployment = gateway.deployment
+    bundle, active = deployment.bundle, gateway.active_bundle
+    values: dict[str, Any] = {"bundle": None, "gate": deployment.gate}
+    settings = deployment.pipeline.settings
+    names = ("retriever", "retrieved", "k", "samples", "temperature", "max_prompt_tokens")
+    values["settings"] = [(name.replace("_", " "), getattr(settings, name)) for name in names]
+    if bundle is not None:
+        facts = [("set by", "hydra-llm bundles use" if active else "serve --bundle")]
+        facts += [("folder", str(_folder(here))), ("weights", bundle.weights[:16])]
+        values |= {"bundle": facts, "card": _card(bundle.card()), "report": _facts(bundle.report)}
+        values["page"] = _report(here) is not None
+    return show(here, "bundle.html", **values)
+
+
+@router.get("/bundle/report")
+async def bundle_report(here: Here) -> Response:
+    """The benchmark's report that lies beside the bundle."""
+    gateway_of_admin(here.http)
+    if (file := await run_sync(_report, here)) is None:
+        raise ApiError(404, f"there is no {REPORT} in the bundle's folder")
+    content = await run_sync(file.read_bytes)
+    policy = {"content-security-policy": REPORT_POLICY}
+    return Response(content, media_type="text/html; charset=utf-8", headers=policy)
+
+
+def _folder(here: Visit) -> Path | None:
+    gateway = here.http.app.state.gateway
+    given: Path | None = here.http.app.state.bundle
+    return folder_of(gateway.active_bundle) if gateway.active_bundle else given
+
+
+def _report(here: Visit) -> Path | None:
+    folder = _folder(here)
+    file = folder / REPORT if folder else None
+    return file if file and file.is_file() else None
+
+
+def _card(text: str) -> list[tuple[str, str]]:
+    """The lines of a model card with what each is: title, item or text."""
+    marks = {"# ": "title", "## ": "title", "- ": "item"}
+    lines = []
+    for line in filter(None, map(str.strip, text.split("\n"))):
+        mark = next((mark for mark in marks if line.startswith(mark)), "")
+        lines.append((marks.get(mark, "text"), line.removeprefix(mark)))
+    return lines
+
+
+def _facts(report: Any, place: str = "") -> list[tuple[str, str]]:
+    """What a bundle's report says, a line for each value."""
+    if not isinstance(report, dict):
+        value = f"{report:.4g}" if isinstance(report, float) else str(report)
+        return [(place, value)]
+    return [
+        fact
+        for name, own in report.items()
+        for fact in _facts(own, f"{place} › {name}" if place else str(name))
+    ]
