@@ -115,8 +115,6 @@ class Model(Group):
 
     encoder: str = "minilm"
     """`minilm` (all-MiniLM-L6-v2 from its package), a Hugging Face model name, or a folder."""
-    max_length: int = Field(default=256, ge=8)
-    """Max tokens per encoded text; longer texts are truncated."""
     head: str = "linear"
     """mlp (592,130 parameters), linear, lowrank (`rank`), kernel, bias (one), or a plug-in."""
 
@@ -171,6 +169,8 @@ class Research(Group):
     """strict: parse answers as LaMP does; lenient: also find the answer within a sentence."""
     pooling: Literal["mean", "cls"] = "mean"
     """Pooling of the encoder's token vectors: their mean, or the first one (cls)."""
+    max_length: int = Field(default=256, ge=8)
+    """Max tokens per encoded text; longer texts are truncated."""
     features: Literal["tower", "cross"] = "tower"
     """tower: bi-encoder, texts encoded alone; cross: cross-encoder on pairs, as in the paper."""
     rank: int = Field(default=16, ge=1)

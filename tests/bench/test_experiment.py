@@ -242,8 +242,9 @@ def test_an_estimate_uses_measured_tokens_and_prices(tmp_path: Path) -> None:
 
 
 def test_an_estimate_takes_the_list_of_prices_or_has_none(tmp_path: Path) -> None:
-    one = experiment(TAGS, tmp_path, "zero-shot")
+    one = experiment(TAGS, tmp_path / "without", "zero-shot")
     assert {row["money"] for row in estimate_rows(estimate_cost(one))} == {"no price"}
+    one = experiment(TAGS, tmp_path / "listed", "zero-shot")
     file = tmp_path / "prices.toml"
     file.write_text('[models]\n"*" = { input = 2e6, output = 0 }')
     listed = replace(one, settings=one.settings.model_copy(update={"prices": file}))

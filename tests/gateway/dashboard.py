@@ -19,6 +19,15 @@ from .conftest import World
 
 NOW = time.time()
 
+ADMIN_ENDPOINTS: list[tuple[str, str, Any]] = [
+    ("GET", "/v1/keys", None),
+    ("GET", "/v1/keys?user=bob", None),
+    ("POST", "/v1/keys", {"users": ["bob"]}),
+    ("DELETE", "/v1/keys/{key}", None),
+    ("GET", "/v1/jobs", None),
+    ("GET", "/v1/activity", None),
+]
+
 
 def token_in(page: str) -> str:
     """The token of a page's forms."""

@@ -17,7 +17,7 @@ from hydra_llm.store.store import Store
 from hydra_llm.types import Record
 
 from .conftest import records_of, running
-from .dashboard import NOW, answered, fill, visiting
+from .dashboard import ADMIN_ENDPOINTS, NOW, answered, fill, visiting
 
 pytestmark = pytest.mark.anyio
 QUESTION = "the battle for the bridge in winter"
@@ -151,16 +151,6 @@ async def test_a_form_without_its_token_changes_nothing(store: Store) -> None:
         assert (await admin.get("/activity")).status_code == 200  # still signed in
         stranger = await admin.http.post("/ui/sign-in", data={"key": keys["ada"]})
         assert stranger.status_code == 403
-
-
-ADMIN_ENDPOINTS: list[tuple[str, str, Any]] = [
-    ("GET", "/v1/keys", None),
-    ("GET", "/v1/keys?user=bob", None),
-    ("POST", "/v1/keys", {"users": ["bob"]}),
-    ("DELETE", "/v1/keys/{key}", None),
-    ("GET", "/v1/jobs", None),
-    ("GET", "/v1/activity", None),
-]
 
 
 @pytest.mark.parametrize(("method", "path", "body"), ADMIN_ENDPOINTS)

@@ -403,7 +403,8 @@ def test_all_is_reached_by_keyboard(site: Site, tab: Any) -> None:
     assert "Add a record" in stops
     tab.get_by_role("searchbox").focus()
     tab.keyboard.type("army")
-    tab.keyboard.press("Enter")
+    with tab.expect_navigation():
+        tab.keyboard.press("Enter")
     assert "army" in tab.locator("main li").first.inner_text()
 
 
