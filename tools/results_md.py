@@ -47,6 +47,7 @@ EXTRAS = {
     "base": "importing and checking data sets; the base of all others",
     "server": "the gateway with users' records alone, in front of any endpoint; no torch",
     "mcp": "`hydra-llm mcp`; with `server`: the gateway's `/mcp` for assistants",
+    "otel": "spans of the gateway's stages to an OpenTelemetry collector; with `server`",
     "openai": "the client of hosted LLMs and of any OpenAI-compatible endpoint",
     "embedded": "an LLM inside the process: a GGUF file, or SmolLM2",
     "learn": "reranker and adapter: `learn`, `fit`, `ask`; with `server`: a gateway with a bundle",
