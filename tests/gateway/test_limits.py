@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hydra_llm.errors import SettingsError, StoreError
@@ -64,6 +64,7 @@ def test_days_and_months_begin_anew_in_utc() -> None:
 
 
 @given(st.integers(0, 300), st.integers(0, 300), st.floats(0, 59.9), st.integers(1, 200))
+@example(latest=0, before=1, second=0.0, most=1)
 def test_after_the_wait_of_a_minutes_limit_there_is_room(
     latest: int, before: int, second: float, most: int
 ) -> None:

@@ -31,6 +31,7 @@ FORM = (
 )
 PART = re.compile(r"(\d+(?:\.\d+)?)\s*(tokens)?\s*/\s*(minute|day|month)")
 OWN_SECONDS = 2.0  # how soon other servers see a limit that is set
+MOMENT = 0.001  # seconds
 KNOWN_TEXTS = 10_000
 
 
@@ -125,7 +126,8 @@ def _state(owner: Owner, limit: Limit, spent: Mapping[Total, Spend], now: dateti
         # The last 60 seconds, as if the minute before had been spent evenly.
         second = now.timestamp() % 60
         rest = before[0] * (1 - second / 60)
-        wait = _wait(limit.most, latest, before[0], second)
+        # A limit that is just reached has room a moment later; 0 would mean that it has room now.
+        wait = max(_wait(limit.most, latest, before[0], second), MOMENT)
         return LimitState(
             owner[0], limit, latest + rest, wait if latest + rest >= limit.most else 0
         )
