@@ -43,6 +43,13 @@ def test_a_finding_says_what_the_interval_says() -> None:
         assert f"hydra@4,8 {says}" in site_plots.finding(share, "here")
 
 
+def test_the_results_page_has_a_place_for_them() -> None:
+    page = site_plots.insert((DOCS / "results.md").read_text(encoding="utf-8"))
+    assert site_plots.figure() in page
+    with pytest.raises(ValueError, match="once"):
+        site_plots.insert(page)
+
+
 @pytest.fixture(scope="module")
 def opened() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api")

@@ -11,8 +11,8 @@ from hydra_llm.errors import StoreError
 from hydra_llm.store import schema
 from hydra_llm.store.database import Database, insert_new
 
-SCRUBS = 5
-SCRUB_PAUSE = 0.2  # seconds: a connection that is being made holds a snapshot for a moment
+SCRUBS = 25
+SCRUB_PAUSE = 0.2  # seconds: connections that start, and ANALYZE, hold a snapshot for a moment
 
 
 class Upkeep(Database):
