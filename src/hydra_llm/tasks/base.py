@@ -237,7 +237,7 @@ class CohortStats:
 
 @dataclass(frozen=True)
 class HistoryVectors:
-    """A user's visible records as numbers, oldest first."""
+    """A user's visible records as numbers, oldest first; each row is of one record alone."""
 
     inputs: NDArray[np.float32]  # [n, D] unit rows
     answers: NDArray[np.float32]  # [n, D] unit rows; [n, 0] for tasks with labels
@@ -245,9 +245,16 @@ class HistoryVectors:
     words: Floats = field(default_factory=lambda: np.zeros(0))  # [n] length of each free text
     counts: UserWords | None = None  # of words in the records; None without a word model
     habits: Any = None  # `tasks.choices.Habits` of earlier choices, where there are some
+    places: NDArray[np.int64] | None = None  # [n] which records have a row; None: all
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    def first(self, count: int) -> "HistoryVectors":
+        """Views of the rows of the first `count` records, without counts and habits."""
+        n = count if self.places is None else int(np.searchsorted(self.places, count))
+        rows = self.inputs[:n], self.answers[:n], self.labels[:n], self.words[:n]
+        return HistoryVectors(*rows)
 
 
 @dataclass(frozen=True)
