@@ -250,11 +250,16 @@ class HistoryVectors:
     def __len__(self) -> int:
         return len(self.inputs)
 
+    @property
+    def rows(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64], Floats]:
+        """The arrays with a row for each record."""
+        return self.inputs, self.answers, self.labels, self.words
+
     def first(self, count: int) -> "HistoryVectors":
         """Views of the rows of the first `count` records, without counts and habits."""
         n = count if self.places is None else int(np.searchsorted(self.places, count))
-        rows = self.inputs[:n], self.answers[:n], self.labels[:n], self.words[:n]
-        return HistoryVectors(*rows)
+        inputs, answers, labels, words = self.rows
+        return HistoryVectors(inputs[:n], answers[:n], labels[:n], words[:n])
 
 
 @dataclass(frozen=True)
