@@ -128,10 +128,9 @@ def _ordered(records: Sequence[Record]) -> bool:
     for record in records:
         if record.position <= place:
             return False
-        place, start = (
-            record.position,
-            (record.span if record.span != ALWAYS else span_of(record))[0],
-        )
+        place, start = record.position, record.span[0]
+        if start == -math.inf and record.time:
+            start = span_of(record)[0]
         if start > -math.inf:
             if start < time:
                 return False

@@ -105,8 +105,9 @@ def _check_side_features(task: Task, answers: Sequence[str]) -> None:
     for seen in ([], records[:1], records):
         history = kind.vectorize(seen, _hashed)
         if whole.places is not None or len(whole) == len(records):
-            for first, alone in zip(whole.first(len(seen)).rows, history.rows, strict=True):
-                assert np.array_equal(first, alone), "a row depends on other records"
+            pairs = zip(whole.first(len(seen)).rows, history.rows, strict=True)
+            same = [np.array_equal(first, alone) for first, alone in pairs]
+            assert all(same), "a row depends on other records"
         stats = kind.cohort_stats([record.output for record in seen], 0.4)
         context = FeatureContext(_hashed(["text 1"])[0], history, stats, _hashed)
         of_candidates = partial(kind.candidate_features, context)

@@ -251,7 +251,7 @@ class HistoryVectors:
         return len(self.inputs)
 
     @property
-    def rows(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64], Floats]:
+    def rows(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
         """The arrays with a row for each record."""
         return self.inputs, self.answers, self.labels, self.words
 
