@@ -6,10 +6,10 @@ together are from each one alone.
 Users have unlike numbers of rows (labelled queries), half to one and a half times --rows, drawn at
 random; features and labels are random too: a time does not depend on what they mean. Fitted are a
 reranker (bi-encoder features of ten records, width 128) and an adapter (features of 15 labels, 64
-directions) with each kind of head in --heads; rows are drawn block by block as `hydra-llm fit` makes
-them, and drawing is not timed. `apart` is the largest difference of a number between users fitted
-together and alone; `alone` is the time of these. Times are CPU seconds of all threads; the limit is
-for both scorers with linear heads, at two cores. Exits with 1 if a limit is missed.
+directions) with each kind of head in --heads, block by block as in `hydra-llm fit`; drawing is not
+timed. `apart` is the largest difference of a number between users fitted together and alone;
+`alone` is the time of these. Times are CPU seconds of all threads; the limit is for both scorers
+with linear heads, at two cores. Exits with 1 if a limit is missed.
 """
 
 import argparse
