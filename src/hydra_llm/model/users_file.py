@@ -1,6 +1,6 @@
 """A bundle's users in one SQLite file: each user's heads by scorer, and records.
 
-    parts    part (a scorer's name, or `records`), digest of the user's id → slot
+    parts    digest of the user's id, part (a scorer's name, or `records`) → slot
     slots    the bytes of one part of one user, padded with zeros
     free     slots that hold nothing but zeros, for whoever comes next
 
@@ -35,19 +35,21 @@ RECORDS = "records"  # a part; all others are scorers
 SCHEMA = (
     "CREATE TABLE salt (value BLOB NOT NULL)",
     "CREATE TABLE slots (id INTEGER PRIMARY KEY, value BLOB NOT NULL)",
-    "CREATE TABLE free (capacity INTEGER, slot INTEGER, PRIMARY KEY (capacity, slot)) WITHOUT ROWID",
+    "CREATE TABLE free (capacity INTEGER, slot INTEGER, PRIMARY KEY (capacity, slot))"
+    " WITHOUT ROWID",
     "CREATE TABLE parts (part TEXT, digest BLOB, slot INTEGER NOT NULL,"
-    " PRIMARY KEY (part, digest)) WITHOUT ROWID",
+    " PRIMARY KEY (digest, part)) WITHOUT ROWID",
 )
 PRAGMAS = "PRAGMA trusted_schema = OFF; PRAGMA synchronous = FULL; PRAGMA secure_delete = ON;"
 NEW = "PRAGMA page_size = 16384; PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
+NEW += "PRAGMA cache_size = -65536;"  # in KiB
 """Of a file that nobody knows yet: its writer makes it durable as a whole."""
 CHANGES = 24  # offset of SQLite's change counter, 4 bytes
 PREFIX = struct.Struct("<III")  # CRC-32 of all behind it, bytes of the user's id, of the content
 LEARNED = struct.Struct("<4sqd")  # of a head: type of the numbers, records, latest time
 FLOAT32 = b"<f4\0"
 MOST = 500  # values of one statement
-FIND = "SELECT value FROM parts JOIN slots ON slots.id = slot WHERE part = ? AND digest = ?"
+FIND = "SELECT value FROM parts JOIN slots ON slots.id = slot WHERE part = ? AND digest IN"
 
 
 class UsersFile:
@@ -84,10 +86,11 @@ class UsersFile:
         with closing(file), file._reported():
             file._connection.executescript(NEW)
             with file._transaction():
-                for part, values in [*heads.items(), (RECORDS, records)]:
-                    pack = _pack_records if part == RECORDS else _pack_head
-                    for user, value in values.items():
-                        file._put(part, user, pack(value))
+                for scorer, of in heads.items():
+                    for user, head in of.items():
+                        file._insert(scorer, user, pack_head(head))
+                for user, own in records.items():
+                    file._insert(RECORDS, user, _pack_records(own))
 
     def close(self) -> None:
         self._connection.close()
@@ -96,7 +99,7 @@ class UsersFile:
 
     def heads(self, scorer: str) -> "StoredPart[Head]":
         """User → head of a scorer."""
-        return StoredPart(self, scorer, _head)
+        return StoredPart(self, scorer, head_of)
 
     def records(self) -> "StoredPart[list[Record]]":
         """User → records, oldest first."""
@@ -105,7 +108,7 @@ class UsersFile:
     def read(self, part: str, user: str) -> bytes | None:
         """What is kept of a user in a part."""
         with self._reported():
-            rows = self._rows(FIND, (part, self._digest(user)))
+            rows = self._rows(f"{FIND} (?)", (part, self._digest(user)))
             return self._content(part, rows[0][0], user)[1] if rows else None
 
     def read_many(self, part: str, users: Sequence[str]) -> dict[str, bytes]:
@@ -114,9 +117,7 @@ class UsersFile:
         with self._reported():
             for start in range(0, len(digests), MOST):
                 some = digests[start : start + MOST]
-                statement = FIND.replace("= ?", f"IN ({', '.join('?' * len(some))})", 2)
-                statement = statement.replace(f"part IN ({', '.join('?' * len(some))})", "part = ?")
-                found += self._rows(statement, (part, *some))
+                found += self._rows(f"{FIND} ({', '.join('?' * len(some))})", (part, *some))
             return dict(self._content(part, value) for (value,) in found)
 
     def holds(self, part: str, user: str) -> bool:
@@ -157,7 +158,7 @@ class UsersFile:
         """Add or replace users, all of them or, where this fails, none."""
         with self._reported(), self._transaction():
             for user in users:
-                new = {scorer: _pack_head(of[user]) for scorer, of in heads.items() if user in of}
+                new = {scorer: pack_head(of[user]) for scorer, of in heads.items() if user in of}
                 if user in records:
                     new[RECORDS] = _pack_records(records[user])
                 self._remove(user, but=new)
@@ -170,9 +171,7 @@ class UsersFile:
             return self._remove(user)
 
     def _put(self, part: str, user: str, content: bytes) -> None:
-        name, digest = _bytes(user), self._digest(user)
-        crc = zlib.crc32(name + content, zlib.crc32(part.encode()))
-        value = PREFIX.pack(crc, len(name), len(content)) + name + content
+        value, digest = _value(part, user, content), self._digest(user)
         size = len(value)
         fits = "capacity BETWEEN ? AND ? ORDER BY capacity LIMIT 1"
         own = self._rows(
@@ -184,25 +183,28 @@ class UsersFile:
             self._release(part, digest)
             own = self._rows(f"SELECT slot, capacity FROM free WHERE {fits}", (size, 2 * size))
             self._connection.executemany("DELETE FROM free WHERE slot = ? AND capacity = ?", own)
-        if own:
-            slot, capacity = own[0]
-            self._overwrite(slot, value.ljust(capacity, b"\0"))
-        else:
-            step = max(64, 1 << size.bit_length() - 6)  # or no slot fitted another user
-            padded = value.ljust(-(-size // step) * step, b"\0")
-            slot = self._connection.execute(
-                "INSERT INTO slots (value) VALUES (?)", (padded,)
-            ).lastrowid
+        if not own:
+            self._insert(part, user, content)
+            return
+        slot, capacity = own[0]
+        self._overwrite(slot, value.ljust(capacity, b"\0"))
         self._connection.execute(
             "INSERT OR REPLACE INTO parts VALUES (?, ?, ?)", (part, digest, slot)
         )
 
+    def _insert(self, part: str, user: str, content: bytes) -> None:
+        """Into a new slot."""
+        value = _value(part, user, content)
+        step = max(64, 1 << len(value).bit_length() - 6)  # slots of many sizes would fit nobody
+        value = value.ljust(-(-len(value) // step) * step, b"\0")
+        insert = self._connection.execute
+        slot = insert("INSERT INTO slots (value) VALUES (?)", (value,)).lastrowid
+        insert("INSERT INTO parts VALUES (?, ?, ?)", (part, self._digest(user), slot))
+
     def _remove(self, user: str, but: Iterable[str] = ()) -> int:
-        digest, removed = self._digest(user), 0
-        parts = self._rows("SELECT DISTINCT part FROM parts")
-        for (part,) in parts:
-            removed += part not in but and self._release(part, digest)
-        return removed
+        digest = self._digest(user)
+        parts = self._rows("SELECT part FROM parts WHERE digest = ?", (digest,))
+        return sum(self._release(part, digest) for (part,) in parts if part not in but)
 
     def _release(self, part: str, digest: bytes) -> bool:
         """Overwrite a user's slot with zeros; False if there is none."""
@@ -240,7 +242,7 @@ class UsersFile:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._lock, self._connection:  # commits, or rolls back after any exception
+        with self._lock, self._connection:  # commits, or rolls back
             self._connection.execute("BEGIN IMMEDIATE")
             yield
 
@@ -288,8 +290,9 @@ def change_counter(path: Path) -> int:
 def _connect(path: Path, pragmas: str, *, create: bool = False) -> sqlite3.Connection:
     """An open file; a write waits 30 seconds for another process."""
     place = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
-    options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False}
-    connection = sqlite3.connect(place, uri=True, timeout=30.0, **options)
+    connection = sqlite3.connect(
+        place, uri=True, timeout=30.0, isolation_level=None, check_same_thread=False
+    )
     connection.executescript(pragmas)
     return connection
 
@@ -314,15 +317,24 @@ def _reported(path: Path) -> Iterator[None]:
 # ---- values as bytes
 
 
+def _value(part: str, user: str, content: bytes) -> bytes:
+    """What a slot holds."""
+    name = _bytes(user)
+    crc = zlib.crc32(name + content, zlib.crc32(part.encode()))
+    return PREFIX.pack(crc, len(name), len(content)) + name + content
+
+
 def _bytes(user: str) -> bytes:
     return user.encode("utf-8", "surrogatepass")
 
 
-def _pack_head(head: Head) -> bytes:
+def pack_head(head: Head) -> bytes:
+    """A head as the bytes that are kept."""
     return LEARNED.pack(FLOAT32, head.records, head.until) + head.numbers.astype("<f4").tobytes()
 
 
-def _head(content: bytes) -> Head:
+def head_of(content: bytes) -> Head:
+    """The inverse of `pack_head`; BundleError for numbers of another type."""
     kind, records, until = LEARNED.unpack_from(content)
     if kind != FLOAT32:
         raise BundleError(f"heads of numbers {kind!r} are made by a newer hydra-llm; upgrade")
