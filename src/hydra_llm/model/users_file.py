@@ -109,7 +109,10 @@ class UsersFile:
         """What is kept of a user in a part."""
         with self._reported():
             rows = self._rows(f"{FIND} (?)", (part, self._digest(user)))
-            return self._content(part, rows[0][0], user)[1] if rows else None
+            owner, content = self._content(part, rows[0][0]) if rows else (user, None)
+            if owner != user:
+                raise sqlite3.DatabaseError("the index names another user")
+            return content
 
     def read_many(self, part: str, users: Sequence[str]) -> dict[str, bytes]:
         """The same of many users at once; who has nothing there is left out."""
@@ -195,7 +198,7 @@ class UsersFile:
     def _insert(self, part: str, user: str, content: bytes) -> None:
         """Into a new slot."""
         value = _value(part, user, content)
-        step = max(64, 1 << len(value).bit_length() - 6)  # slots of many sizes would fit nobody
+        step = 1 << max(6, len(value).bit_length() - 6)  # slots of many sizes would fit nobody
         value = value.ljust(-(-len(value) // step) * step, b"\0")
         insert = self._connection.execute
         slot = insert("INSERT INTO slots (value) VALUES (?)", (value,)).lastrowid
@@ -226,7 +229,7 @@ class UsersFile:
     def _digest(self, user: str) -> bytes:
         return blake2b(_bytes(user), digest_size=16, key=self._salt).digest()
 
-    def _content(self, part: str, value: bytes, user: str | None = None) -> tuple[str, bytes]:
+    def _content(self, part: str, value: bytes) -> tuple[str, bytes]:
         """The user and the content of a slot; DatabaseError if they are not what was written."""
         crc, name, content = PREFIX.unpack_from(value)
         end = PREFIX.size + name
@@ -302,7 +305,7 @@ def _reported(path: Path) -> Iterator[None]:
     """Faults of the file as a BundleError of one line."""
     try:
         yield
-    except (sqlite3.Error, struct.error, UnicodeDecodeError, ValueError, zlib.error) as error:
+    except (sqlite3.Error, struct.error) as error:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
         fault = "damaged, or no file of a bundle's users", "copy the bundle again"
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
