@@ -27,7 +27,7 @@ from hydra_llm.training.api import blank_bundle, fit, learn
 from hydra_llm.training.choosing import chosen_over
 from hydra_llm.training.labelling import Asked, asked_about, known_queries
 from hydra_llm.training.train_scorer import silent
-from hydra_llm.types import Answer, Query, Record
+from hydra_llm.types import Answer, Overlaid, Query, Record
 
 P = TypeVar("P", bound=Parts)
 Say = Callable[[str], None]
@@ -184,7 +184,7 @@ def _case(turn: Experiment, bundles: Mapping[int, Bundle]) -> tuple[list[Parts],
     queries = chosen_queries(turn.data, list(own), turn.limit)
     parts = [
         turn.parts(
-            Parts(bundle, turn.llm, _settings(turn, bundle), {**bundle.records, **own}, seed)
+            Parts(bundle, turn.llm, _settings(turn, bundle), Overlaid(own, bundle.records), seed)
         )
         for seed, bundle in bundles.items()
     ]
@@ -352,7 +352,7 @@ def learned_bundle(
     bundle = Bundle.load(folder, here=settings)
     if not experiment.fit:
         own = {user: data.history(user) for user in experiment.new_users}
-        return replace(bundle.without_heads(), records={**bundle.records, **own})
+        return replace(bundle.without_heads(), records=Overlaid(own, bundle.records))
     if missing := [user for user in experiment.new_users if user not in bundle.records]:
         fitted = fit(data, bundle, llm, users=missing, progress=progress)
         fitted.report(fitted={"users": len(missing), "stages": fitted.stages_json()})

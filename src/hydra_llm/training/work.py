@@ -3,14 +3,12 @@
 `api.py` opens what they need and says who is learned from.
 """
 
-from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from time import perf_counter
-from typing import TypeVar
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.errors import LLMError
@@ -47,9 +45,8 @@ from hydra_llm.training.train_scorer import (
     train_scorer,
 )
 from hydra_llm.training.word_model import TOO_FEW, WordModels, learn_word_model
-from hydra_llm.types import StageCost
+from hydra_llm.types import Overlaid, StageCost
 
-T = TypeVar("T")
 RERANKER, ADAPTER = "reranker", "adapter"
 STAGES = {RERANKER: "label records", ADAPTER: "label candidates"}
 WORD_STAGE, CHOICE_STAGE = "fit word model", "choose sampling"
@@ -58,13 +55,6 @@ SKIPPED = {  # why none is learned where all gains are equal
     ADAPTER: "no two candidates of a query differed in what they were worth",
 }
 NO_LLM = "no LLM was given"
-
-
-def overlaid(old: Mapping[str, T], new: Mapping[str, T]) -> Mapping[str, T]:
-    """Both, `new` first, without a copy of what may be a million users'."""
-    if isinstance(old, ChainMap):
-        return ChainMap({**old.maps[0], **new}, *old.maps[1:])
-    return ChainMap(dict(new), old)  # type: ignore[arg-type]  # nobody writes to the second
 
 
 @dataclass(frozen=True)
@@ -238,7 +228,7 @@ class Work:
             encoded = perf_counter()
             heads = solve_heads(bundle, name, labelled, users)
             learned.solved[f"fit {name}"] = perf_counter() - encoded
-            own = overlaid(bundle.heads.get(name, {}), heads)
+            own = Overlaid(heads, bundle.heads.get(name, {}))
             learned.bundle = replace(bundle, heads={**bundle.heads, name: own})
             learned.stages[f"fit {name}"] = StageCost(len(users), perf_counter() - started)
         bundle = learned.bundle
