@@ -92,6 +92,9 @@ def values_of(settings: type[Group], name: str) -> str:
     first, *others = get_args(field.annotation) or (field.annotation,)
     if others == [...]:
         return LIST
+    if literal := get_args(first):  # words, or a number
+        kinds = [TYPES[kind] for kind in others if kind in TYPES]
+        return ", ".join([*(f"`{word}`" for word in literal), *kinds])
     if isinstance(first, str):
         return ", ".join(f"`{word}`" for word in (first, *others))
     limits = [

@@ -83,12 +83,19 @@ class LLM(Group):
     """Sampling temperature; the greedy answer uses 0."""
     constrain: bool = False
     """Constrain decoding to the task's labels, if the engine supports it."""
-    concurrency: int = Field(default=8, ge=1)
-    """Max concurrent calls."""
+    concurrency: Literal["auto"] | int = "auto"
+    """Max concurrent calls. auto: as many as the endpoint takes, found by its answers (8 at first).
+    """
+    batch_api: Literal["off", "wait", "submit"] = "off"
+    """`learn`, `fit` and `bench run` by the endpoint's Batch API, for less money. wait: until they
+    are done; submit: send batches, stop, and go on by the same command later.
+    """
     timeout: float = Field(default=120.0, gt=0)
     """Timeout per call, in seconds."""
     retries: int = Field(default=3, ge=0)
-    """Max retries per call (OpenAI SDK; honours Retry-After)."""
+    """Max retries per call (OpenAI SDK; honours Retry-After). After a 429 to several calls at once
+    fewer are sent, and no retry is counted.
+    """
     max_calls: int | None = None
     """Budget: max calls that reach the LLM; None is no limit."""
     max_llm_tokens: int | None = None
@@ -103,6 +110,13 @@ class LLM(Group):
     """TOML file of prices by model, above the list that is shipped; see docs/spend.md."""
     cache: Path = Field(default_factory=env.cache_folder)
     """Folder of the on-disk caches: LLM answers and encoder features."""
+
+    @field_validator("concurrency", mode="before")
+    @classmethod
+    def _at_once(cls, value: object) -> object:
+        if value == "auto" or (str(value).isdecimal() and int(str(value)) > 0):
+            return value
+        raise ValueError("write auto, or a whole number from 1")
 
     @field_validator("cache", "prices")
     @classmethod

@@ -21,7 +21,7 @@ from hydra_llm.errors import LLMError
 from hydra_llm.history import in_order
 from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.cache import CHOICES, CachedLLM, key_of, request_of
-from hydra_llm.llm.concurrency import map_calls, run_sync
+from hydra_llm.llm.concurrency import at_once, map_calls, run_sync
 from hydra_llm.llm.none import is_none
 from hydra_llm.llm.prices import prices_of
 from hydra_llm.pipeline import UserPipeline
@@ -222,7 +222,8 @@ async def _go_through(experiment: Experiment, llm: DryRunLLM) -> tuple[int, floa
         llm.stage = f"answer {method.name}"
         if is_none(experiment.llm) and method.uses:
             continue  # what has been learned by then asks nobody
-        await map_calls(partial(_asked, method.build(parts)), queries, limit=settings.concurrency)
+        limit = at_once(llm, settings.concurrency)
+        await map_calls(partial(_asked, method.build(parts)), queries, limit=limit)
     # without learning, all texts have been encoded by now
     return _encoding(parts, [*training, *new], queries) if experiment.learns else (0, 0.0)
 

@@ -107,7 +107,8 @@ def run(
     task, chosen = dataset.task, find(dataset.task.kind, choices=choices)
     if spec == NONE:
         check_without_llm(chosen, task, settings, learned)
-    with source.opened(spec, settings) as model, console.progress() as report:
+    settings = source.batched(settings)
+    with source.opened(spec, settings, direct=dry_run) as model, console.progress() as report:
         plan = Experiment(dataset, model, settings, chosen, out, users, limit, repeats)
         plan = replace(plan, bundle=learned, folds=folds, choices=choices)
         experiment = replace(plan, progress=report, say=console.say)

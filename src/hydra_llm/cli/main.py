@@ -2,7 +2,7 @@
 
 A subcommand's module is imported only when it is called, so that `--help` stays fast. Each option
 can be given as `HYDRA_<COMMAND>_<OPTION>`: `HYDRA_ASK_SEED=3 hydra-llm ask`. Exit codes: 0 done,
-1 the LLM failed or a bug, 2 an error that the user can fix, 130 Ctrl-C.
+1 the LLM failed or a bug, 2 an error that the user can fix, 3 a batch is not done yet, 130 Ctrl-C.
 """
 
 import errno

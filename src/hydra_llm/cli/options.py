@@ -3,6 +3,7 @@ are options, and one parameter of a command that is decorated with `with_option_
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from hydra_llm.store.store import Store
 
 LLM_HELP = "openai:MODEL[@URL], gguf:PATH, openvino:PATH, smollm2, replay:FILE, fake:KIND"
+BATCH_HELP = "By the Batch API, for less money; waits (see batch_api)."
 SET_HELP = "A setting (docs/settings.md), as model.head=kernel; repeatable."
 LLM = Annotated[str, Option("--llm", help=f"{LLM_HELP}; see `llm check`.")]
 LearnLLM = Annotated[str, Option("--llm", help=f"{LLM_HELP}; none for recorded choices.")]
@@ -113,14 +115,23 @@ class Selection:
 
 @dataclass(frozen=True)
 class Recording:
-    """Where the LLM's answers are recorded."""
+    """How the LLM is called, and where its answers are recorded."""
 
     record: Annotated[Path | None, Option(help="Record the LLM's answers in this file.")] = None
+    batch: Annotated[bool, Option("--batch", help=BATCH_HELP)] = False
+
+    def batched(self, settings: Settings) -> Settings:
+        """The settings with `--batch`."""
+        asked = self.batch and settings.batch_api == "off"
+        return settings.model_copy(update={"batch_api": "wait"}) if asked else settings
 
     @contextmanager
-    def opened(self, spec: str, settings: Settings) -> Iterator[CachedLLM]:
-        """The LLM of a command; recorded answers are reused, and new ones always recorded."""
-        llm = open_llm(spec, settings)
+    def opened(self, spec: str, settings: Settings, *, direct: bool = False) -> Iterator[CachedLLM]:
+        """The LLM of a command, `direct` without batches; recorded answers are reused, and new ones
+        always recorded.
+        """
+        llm = open_llm(spec, self.batched(settings), batch=not direct)
+        logging.getLogger("hydra_llm.llm.batch").addHandler(console.Handler())
         if self.record is not None and self.record.exists():
             merge_recording(self.record, llm)
         try:

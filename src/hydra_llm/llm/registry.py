@@ -30,13 +30,31 @@ LLMS: Registry[Callable[[str, Settings], ChatLLM]] = Registry(
 )
 
 
-def open_llm(spec: str, settings: Settings) -> CachedLLM:
-    """The LLM of a spec, cached in `settings.cache`, metered and limited by the settings.
+def open_llm(spec: str, settings: Settings, *, batch: bool = False) -> CachedLLM:
+    """The LLM of a spec, cached in `settings.cache`, metered and limited by the settings; with
+    `batch` by its Batch API where the setting `batch_api` says so.
     Raises SettingsError for an unknown spec or what it lacks, UserFault if the cache does not open.
     """
     if spec.startswith("replay:"):  # a recording needs neither cache nor meter
         return open_recording(expanded(Path(spec.removeprefix("replay:"))))
+    if batch and settings.batch_api != "off":
+        all_at_once = settings.model_copy(update={"concurrency": "auto"})
+        return wrap(_batch_llm(spec, settings), all_at_once)
     return wrap(bare_llm(spec, settings), settings)
+
+
+def _batch_llm(spec: str, settings: Settings) -> ChatLLM:
+    name, _, rest = spec.partition(":")
+    if name == "none":
+        return bare_llm(spec, settings)
+    if name != "openai":
+        raise SettingsError(f"{without_userinfo(spec)} has no Batch API: leave --batch out")
+    if (settings.max_llm_tokens, settings.max_cost) != (None, None):
+        why = "a batch is sent before its tokens are known"
+        raise SettingsError(f"--batch and max_llm_tokens or max_cost: {why}: take max_calls")
+    from hydra_llm.llm.batch import from_spec
+
+    return from_spec(rest, settings)
 
 
 def wrap(llm: ChatLLM, settings: Settings, path: Path | None = None) -> CachedLLM:
@@ -44,7 +62,7 @@ def wrap(llm: ChatLLM, settings: Settings, path: Path | None = None) -> CachedLL
     prices = Prices(settings.price_prompt, settings.price_completion)
     budget = Budget(settings.max_calls, settings.max_llm_tokens, settings.max_cost)
     # An engine that runs one call at a time gets them in order: the next one may share its prompt.
-    parallel = min(settings.concurrency, getattr(llm, "parallel", settings.concurrency))
+    parallel = None if settings.concurrency == "auto" else settings.concurrency
     meter = Meter(llm, prices=prices, budget=budget, parallel=parallel)
     return CachedLLM(meter, path or settings.cache / "llm.sqlite")
 
