@@ -10,14 +10,14 @@ from hydra_llm.config import (
     GROUP_OF,
     GROUPS,
     LOCAL,
-    PAPER,
     STORED_NAMES,
     Settings,
     load_settings,
-    log_renamed,
     settings_over,
 )
 from hydra_llm.errors import SettingsError
+from hydra_llm.presets import PAPER
+from hydra_llm.setting_names import log_renamed
 
 LAYERS = {"file": 5, "environment": 6, "preset": 8, "flag": 7}
 """`samples` in each source, weakest first; 8 is the paper preset's."""

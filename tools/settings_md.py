@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
-from hydra_llm.config import FIXED, GROUPS, PAPER, STORED_NAMES, Group
+from hydra_llm.config import FIXED, GROUPS, STORED_NAMES, Group
 from hydra_llm.gateway.settings import RENAMED, ServeSettings
+from hydra_llm.presets import PAPER
 
 ROOT = Path(__file__).parents[1]
 PACKAGE, TARGET = ROOT / "src" / "hydra_llm", ROOT / "docs" / "settings.md"

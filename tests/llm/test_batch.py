@@ -22,7 +22,7 @@ from hydra_llm.errors import (
     LLMRefused,
     SettingsError,
 )
-from hydra_llm.llm.base import Sampling
+from hydra_llm.llm.base import Batch, Sampling
 from hydra_llm.llm.batch import BatchLLM
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.concurrency import at_once, map_calls
@@ -45,9 +45,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[BatchServer]:
     server.close()
 
 
-def opened(server: BatchServer, cache: Path, mode: str = "wait", **options: Any) -> CachedLLM:
-    settings = Settings(cache=cache, batch_api=mode, **{"retries": 2, **options})
-    return open_llm(f"openai:m@{server.url}", settings, batch=True)
+def opened(server: BatchServer, cache: Path, mode: Batch = "wait", **options: Any) -> CachedLLM:
+    settings = Settings(cache=cache, **{"retries": 2, **options})
+    return open_llm(f"openai:m@{server.url}", settings, batch=mode)
 
 
 def bare(llm: CachedLLM) -> BatchLLM:
@@ -122,7 +122,7 @@ async def test_what_depends_on_answers_is_a_further_batch(
 
 @pytest.mark.parametrize("mode", ["wait", "submit"])
 async def test_a_stopped_run_takes_its_batch_up(
-    server: BatchServer, tmp_path: Path, mode: str
+    server: BatchServer, tmp_path: Path, mode: Batch
 ) -> None:
     server.polls = 10**9
     if mode == "submit":
@@ -367,10 +367,8 @@ async def test_a_budget_of_calls_bounds_a_batch(server: BatchServer, tmp_path: P
 async def test_what_cannot_be_sent_in_batches_says_so(server: BatchServer, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="max_calls"):
         opened(server, tmp_path, max_cost=3.0)
-    settings = Settings(cache=tmp_path, batch_api="wait")
     with pytest.raises(SettingsError, match="has no Batch API"):
-        open_llm("fake:echo", settings, batch=True)
-    assert open_llm("fake:echo", settings).identity["kind"] == "fake"
+        open_llm("fake:echo", Settings(cache=tmp_path), batch="wait")
 
 
 async def test_the_state_on_disk_holds_no_texts(server: BatchServer, tmp_path: Path) -> None:

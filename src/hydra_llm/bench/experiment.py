@@ -249,8 +249,7 @@ async def run_methods(
             log.add(sample, details_of(query, answer))
 
     report = None if progress is None else partial(progress, "answer")
-    limit = at_once(seeds[0].llm, seeds[0].settings.concurrency)
-    await map_calls(one, todo, limit=limit, progress=report)
+    await map_calls(one, todo, at_once(seeds[0].llm, seeds[0].settings.concurrency), report)
     if failed is not None:
         failed += faults
     if faults and not any(sample.calls for sample in done.values()):

@@ -16,6 +16,7 @@ from typer import Option
 from hydra_llm.cli import console
 from hydra_llm.config import NAMES, Settings, load_settings
 from hydra_llm.errors import SettingsError
+from hydra_llm.llm.base import Batch
 from hydra_llm.llm.cache import CachedLLM, merge_recording, write_recording
 from hydra_llm.llm.registry import open_llm
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from hydra_llm.store.store import Store
 
 LLM_HELP = "openai:MODEL[@URL], gguf:PATH, openvino:PATH, smollm2, replay:FILE, fake:KIND"
-BATCH_HELP = "By the Batch API, for less money; waits (see batch_api)."
+BATCH_HELP = "By the Batch API, for less money: wait, or submit and stop."
 SET_HELP = "A setting (docs/settings.md), as model.head=kernel; repeatable."
 LLM = Annotated[str, Option("--llm", help=f"{LLM_HELP}; see `llm check`.")]
 LearnLLM = Annotated[str, Option("--llm", help=f"{LLM_HELP}; none for recorded choices.")]
@@ -118,19 +119,14 @@ class Recording:
     """How the LLM is called, and where its answers are recorded."""
 
     record: Annotated[Path | None, Option(help="Record the LLM's answers in this file.")] = None
-    batch: Annotated[bool, Option("--batch", help=BATCH_HELP)] = False
-
-    def batched(self, settings: Settings) -> Settings:
-        """The settings with `--batch`."""
-        asked = self.batch and settings.batch_api == "off"
-        return settings.model_copy(update={"batch_api": "wait"}) if asked else settings
+    batch: Annotated[Batch | None, Option(help=BATCH_HELP)] = None
 
     @contextmanager
     def opened(self, spec: str, settings: Settings, *, direct: bool = False) -> Iterator[CachedLLM]:
         """The LLM of a command, `direct` without batches; recorded answers are reused, and new ones
         always recorded.
         """
-        llm = open_llm(spec, self.batched(settings), batch=not direct)
+        llm = open_llm(spec, settings, batch=None if direct else self.batch)
         logging.getLogger("hydra_llm.llm.batch").addHandler(console.Handler())
         if self.record is not None and self.record.exists():
             merge_recording(self.record, llm)

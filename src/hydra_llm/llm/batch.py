@@ -24,7 +24,7 @@ import openai
 
 from hydra_llm.config import Settings
 from hydra_llm.errors import BatchPending, BatchRefused, LLMError, LLMRefused
-from hydra_llm.llm.base import Sampling
+from hydra_llm.llm.base import Batch, Sampling
 from hydra_llm.llm.batch_state import BatchState, KeptBatch
 from hydra_llm.llm.cache import canonical
 from hydra_llm.llm.endpoint import Capabilities, CapabilityCache, endpoint_of
@@ -391,9 +391,9 @@ class BatchLLM(OpenAILLM):
             raise BatchPending(f"{line}; run the same command again to go on") from None
 
 
-def from_spec(rest: str, settings: Settings) -> BatchLLM:
+def from_spec(rest: str, settings: Settings, batch: Batch = "wait") -> BatchLLM:
     """`openai:MODEL[@URL]` by its Batch API; its state lies in the settings' cache folder."""
     model, url = endpoint_of(rest)
     options = settings.model_dump(include={"timeout", "retries"})
-    state, waits = settings.cache / "batches.sqlite", settings.batch_api == "wait"
-    return BatchLLM(model, base_url=url, state=state, waits=waits, **options)
+    state = settings.cache / "batches.sqlite"
+    return BatchLLM(model, base_url=url, state=state, waits=batch == "wait", **options)

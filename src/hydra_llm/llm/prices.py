@@ -63,9 +63,11 @@ def load_prices(file: Path | None = None) -> PriceList:
     return PriceList(_shipped(), {} if file is None else _read(expanded(file)))
 
 
-def prices_of(identity: Mapping[str, Any], settings: Settings) -> Prices | None:
+def prices_of(
+    identity: Mapping[str, Any], settings: Settings, *, batch: bool = False
+) -> Prices | None:
     """What an LLM's tokens cost: by the settings `price_prompt` and `price_completion`, else by the
-    list, in a batch where `batch_api` says so; None where no price is known.
+    list, there also in a batch; None where no price is known.
     """
     given = Prices(settings.price_prompt, settings.price_completion)
     if given != FREE:
@@ -73,7 +75,7 @@ def prices_of(identity: Mapping[str, Any], settings: Settings) -> Prices | None:
     price = load_prices(settings.prices).of(str(identity.get("model", "")))
     if price is None:
         return None
-    share = 1.0 if settings.batch_api == "off" else price.batch
+    share = price.batch if batch else 1.0
     return Prices(price.input * share, price.output * share)
 
 

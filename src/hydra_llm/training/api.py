@@ -159,7 +159,7 @@ def _opened(
         fault = "a tower keeps its features and cannot be tuned"
         raise SettingsError(f"tune_encoder needs features=cross: {fault}")
     data = dataset if isinstance(dataset, DataSet) else load(dataset)
-    model = open_llm(llm, chosen, batch=True) if isinstance(llm, str) else llm
+    model = open_llm(llm, chosen) if isinstance(llm, str) else llm
     return chosen, data, model
 
 
