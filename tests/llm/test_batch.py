@@ -27,8 +27,8 @@ from hydra_llm.llm.batch import BatchLLM
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.concurrency import at_once, map_calls
 from hydra_llm.llm.registry import open_llm
+from tests.batch_server import Answer, BatchServer, completion
 
-from .batch_server import Answer, BatchServer, completion
 from .conftest import stored_rows
 
 pytestmark = pytest.mark.anyio

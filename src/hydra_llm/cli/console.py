@@ -50,11 +50,16 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-class Handler(logging.Handler):
-    """Prints what a logger tells, for people."""
-
+class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage())
+
+
+def say_logged(name: str) -> None:
+    """Print what a logger tells from now on, as messages for people."""
+    logger = logging.getLogger(name)
+    logger.setLevel(logging.INFO)
+    logger.handlers, logger.propagate = [_Lines()], False
 
 
 @contextmanager

@@ -3,7 +3,6 @@ are options, and one parameter of a command that is decorated with `with_option_
 """
 
 import inspect
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -127,7 +126,7 @@ class Recording:
         always recorded.
         """
         llm = open_llm(spec, settings, batch=None if direct else self.batch)
-        logging.getLogger("hydra_llm.llm.batch").addHandler(console.Handler())
+        console.say_logged("hydra_llm.llm.batch")
         if self.record is not None and self.record.exists():
             merge_recording(self.record, llm)
         try:
