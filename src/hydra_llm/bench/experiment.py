@@ -22,7 +22,7 @@ from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import BudgetExceeded, DataError, LLMError
 from hydra_llm.history import in_order
 from hydra_llm.llm.cache import CachedLLM
-from hydra_llm.llm.concurrency import StageProgress, map_calls, run_sync
+from hydra_llm.llm.concurrency import StageProgress, at_once, map_calls, run_sync
 from hydra_llm.training.api import blank_bundle, fit, learn
 from hydra_llm.training.choosing import chosen_over
 from hydra_llm.training.labelling import Asked, asked_about, known_queries
@@ -249,7 +249,7 @@ async def run_methods(
             log.add(sample, details_of(query, answer))
 
     report = None if progress is None else partial(progress, "answer")
-    await map_calls(one, todo, limit=seeds[0].settings.concurrency, progress=report)
+    await map_calls(one, todo, at_once(seeds[0].llm, seeds[0].settings.concurrency), report)
     if failed is not None:
         failed += faults
     if faults and not any(sample.calls for sample in done.values()):

@@ -48,6 +48,8 @@ def learn(
         from hydra_llm.gateway.spend import count_learning
         from hydra_llm.gateway.store_training import learn_from_store
 
+        if recording.batch:
+            raise SettingsError("--store asks directly: leave --batch out")
         with opt.open_store(store):
             pass  # it is there: before a file is made
         # A temporary cache of LLM answers: they quote users, who may be deleted later.
