@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from hydra_llm.errors import LLMRefused
 from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.llm.concurrency import run_sync
-from hydra_llm.model.heads import Head, HeadKind, HeadMatrix, HeadProblem, SGDConfig
+from hydra_llm.model.heads import Head, HeadKind, HeadProblem, SGDConfig
 from hydra_llm.model.interactions import Cross, Groups, Interaction, LabelBilinear
 from hydra_llm.model.laplace import LaplacePosterior
 from hydra_llm.model.newton import losses
+from hydra_llm.model.users_file import head_of, pack_head
 from hydra_llm.plugins import HEADS
 from hydra_llm.retrieve import Retriever, make_retriever
 from hydra_llm.tasks.base import KINDS, FeatureContext, Floats, Pairs, Parsing, Task
@@ -254,8 +255,7 @@ def _check_bytes(head: HeadKind, problem: HeadProblem) -> None:
     numbers = head.fit(problem)
     heads = [Head.of(row) for row in numbers]
     before = _score(head, problem, [heads[0]] * 5)
-    stored = HeadMatrix.of(dict(zip(problem.users, heads, strict=True)))[problem.users[0]]
-    again = _score(head, problem, [stored] * 5)
+    again = _score(head, problem, [head_of(pack_head(heads[0]))] * 5)
     assert torch.equal(again, before), "a head is another one after it was kept"
     for row in numbers:
         row[...] = 7

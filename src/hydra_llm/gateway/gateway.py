@@ -12,7 +12,7 @@ from typing import Any
 
 from hydra_llm.errors import HydraError
 from hydra_llm.gateway.batching import Overloaded
-from hydra_llm.gateway.chunks import StreamReader, chunk_head, delta, event
+from hydra_llm.gateway.chunks import StreamReader, chunk_head, delta, event, only_tells_usage
 from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.identity import hide_user
 from hydra_llm.gateway.metered import MeteredUpstream
@@ -300,7 +300,13 @@ class Gateway:
         started = time.perf_counter()
         words = request.words if isinstance(request, PersonalRequest) and request.n == 1 else None
         reader = StreamReader(request.completion_id, words)
-        async for piece in self.metered.stream({**request.body, "stream": True}):
+        body, options = {**request.body, "stream": True}, request.body.get("stream_options") or {}
+        for_us = self.settings.stream_usage and not options.get("include_usage")
+        if for_us:
+            body["stream_options"] = {**options, "include_usage": True}
+        async for piece in self.metered.stream(body):
+            if for_us and only_tells_usage(piece):
+                continue
             if reader.ended or not isinstance(request, PersonalRequest):
                 yield piece
                 continue

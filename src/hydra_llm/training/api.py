@@ -34,8 +34,8 @@ from hydra_llm.training.labelling import asked_about
 from hydra_llm.training.learned import Learned
 from hydra_llm.training.strengths import Strengths
 from hydra_llm.training.train_scorer import silent
-from hydra_llm.training.work import Work, overlaid
-from hydra_llm.types import Record
+from hydra_llm.training.work import Work
+from hydra_llm.types import Overlaid, Record
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -112,11 +112,11 @@ async def afit(
         raise UnknownUser(f"unknown user '{unknown[0]}': {known}")
     own = {name: in_order(data.history(name)) for name in names}
     notes = _lacking(names, own, "have no records: they get the shared head")
-    given = replace(given, records=overlaid(given.records, own))
+    given = replace(given, records=Overlaid(own, given.records))
     learned = Learned(given, tuple(names), notes=notes)
     await Work(learned, model, progress).fit()
     if not isinstance(bundle, Bundle):
-        learned.bundle.save(bundle)
+        learned.bundle.save_users(bundle, names)
     return learned
 
 

@@ -19,7 +19,7 @@ from hydra_llm.context import Context
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import LLMError
 from hydra_llm.history import as_query, before, in_order, precedes, with_pasts
-from hydra_llm.llm.concurrency import Progress, map_calls
+from hydra_llm.llm.concurrency import Progress, at_once, map_calls
 from hydra_llm.pipeline import Records, UserPipeline
 from hydra_llm.plugins import HEADS
 from hydra_llm.rerank import record_text
@@ -119,7 +119,8 @@ async def reranker_groups(
         gain = once.task.gain(sampled.candidates[0].answer, query.gold or "")
         return gain, sampled.usage, [*prompt.notes, *sampled.notes]
 
-    results = await map_calls(usefulness, cases, limit=settings.concurrency, progress=progress)
+    limit = at_once(once.llm, settings.concurrency)
+    results = await map_calls(usefulness, cases, limit=limit, progress=progress)
     useful: dict[Query, list[tuple[Ranked, float]]] = {}
 
     def groups(featurizer: Featurizer) -> list[LabelledGroup]:
@@ -193,7 +194,7 @@ async def adapter_groups(
 ) -> Collected:
     """Let the LLM propose candidates for each query, each with its gain."""
     contexts = [personalizer.context_of(query) for query in queries]
-    limit = personalizer.settings.concurrency
+    limit = at_once(personalizer.llm, personalizer.settings.concurrency)
 
     async def propose(context: Context) -> Proposal:
         return await personalizer.apropose(context.without_vectors())

@@ -3,14 +3,12 @@
 `api.py` opens what they need and says who is learned from.
 """
 
-from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from time import perf_counter
-from typing import TypeVar
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.errors import LLMError
@@ -48,9 +46,8 @@ from hydra_llm.training.train_scorer import (
     train_scorer,
 )
 from hydra_llm.training.word_model import TOO_FEW, WordModels, learn_word_model
-from hydra_llm.types import Record, StageCost
+from hydra_llm.types import Overlaid, Record, StageCost
 
-T = TypeVar("T")
 RERANKER, ADAPTER = "reranker", "adapter"
 STAGES = {RERANKER: "label records", ADAPTER: "label candidates"}
 WORD_STAGE, CHOICE_STAGE = "fit word model", "choose sampling"
@@ -60,13 +57,6 @@ SKIPPED = {  # why none is learned where all gains are equal
 }
 NO_LLM = "no LLM was given"
 BLOCK_RECORDS = 10_000  # about how many are labelled and fitted at once: 400 MB of features
-
-
-def overlaid(old: Mapping[str, T], new: Mapping[str, T]) -> Mapping[str, T]:
-    """Both, `new` first, without a copy of what may be a million users'."""
-    if isinstance(old, ChainMap):
-        return ChainMap({**old.maps[0], **new}, *old.maps[1:])
-    return ChainMap(dict(new), old)  # type: ignore[arg-type]  # nobody writes to the second
 
 
 @dataclass(frozen=True)
@@ -243,7 +233,7 @@ class Work:
                 learned.solved[stage] += solved - encoded
                 seconds += solved - started
                 self.progress(stage, len(heads), len(users))
-            own = overlaid(bundle.heads.get(name, {}), heads)
+            own = Overlaid(heads, bundle.heads.get(name, {}))
             learned.bundle = replace(bundle, heads={**bundle.heads, name: own})
             learned.stages[stage] = StageCost(len(users), seconds)
         bundle = learned.bundle
