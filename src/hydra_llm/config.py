@@ -115,6 +115,10 @@ class Model(Group):
 
     encoder: str = "minilm"
     """`minilm` (all-MiniLM-L6-v2 from its package), a Hugging Face model name, or a folder."""
+    encoder_precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """Numbers that the encoder computes with; auto: as the bundle was learned, fp32 for a new one.
+    `ask`, `serve` and `bench run --bundle` may take another one; `fit` may not.
+    """
     head: str = "linear"
     """mlp (592,130 parameters), linear, lowrank (`rank`), kernel, bias (one), or a plug-in."""
 
@@ -301,6 +305,13 @@ class Settings(Research, Selection, Training, Model, LLM, Retrieval):
         return NAMES.flat(values) if isinstance(values, Mapping) else values
 
     @property
+    def of_encoder(self) -> dict[str, Any]:
+        """How `open_encoder` opens the encoder of a new bundle."""
+        precision = self.encoder_precision
+        chosen = "fp32" if precision == "auto" else precision
+        return {"pooling": self.pooling, "max_length": self.max_length, "precision": chosen}
+
+    @property
     def training_seed(self) -> int:
         """The seed of folds and training."""
         return self.seed if self.fit_seed is None else self.fit_seed
@@ -325,7 +336,7 @@ LOCAL = frozenset(LLM.model_fields) - {"max_tokens", "samples", "temperature", "
 """Settings that a bundle does not carry: they belong to the machine and the run."""
 
 CHANGEABLE = {"prompt_style", "greedy_first", "parsing", "rerank", "vote_share", "ask"}
-CHANGEABLE |= {"candidate_prompts"}
+CHANGEABLE |= {"candidate_prompts", "encoder_precision"}
 _LEARNED = {"users", "labelled_users", *Model.model_fields, *Research.model_fields}
 FIXED = frozenset(_LEARNED - CHANGEABLE)
 """Settings that are fixed when a bundle is learned: features, scorers, heads and their training.

@@ -184,8 +184,7 @@ def open_features(settings: Settings, what: str = "") -> FeatureCache:
     require("learn", what or f"the retriever '{settings.retriever}'")
     from hydra_llm.model.encoder import open_encoder
 
-    pooling, length = settings.pooling, settings.max_length
-    encoder = open_encoder(settings.encoder, pooling=pooling, max_length=length)
+    encoder = open_encoder(settings.encoder, **settings.of_encoder)
     features = FeatureCache(encoder, settings.cache / "features.sqlite")
     features.keep = False  # as a bundle's
     return features

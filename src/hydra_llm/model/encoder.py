@@ -23,6 +23,7 @@ from torch.nn.functional import normalize
 
 from hydra_llm.data_wheels import data_file
 from hydra_llm.errors import SettingsError
+from hydra_llm.model.precision import Precision, in_precision
 
 Pooling = Literal["mean", "cls"]
 log = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ _warned_of_cut = False
 
 class Encoder(torch.nn.Module):
     """A transformer, its tokenizer and its pooling. Thread-safe, except in training mode."""
+
+    precision: Precision = "fp32"
 
     def __init__(self, model: Any, tokenizer: Any, name: str, pooling: Pooling, max_length: int):
         super().__init__()
@@ -63,7 +66,9 @@ class Encoder(torch.nn.Module):
 
     @property
     def digest(self) -> str:
-        """sha256 over weights, tokenizer, pooling and max_length: the key of cached features."""
+        """sha256 over weights (so of their precision), tokenizer, pooling and max_length: the key of
+        cached features.
+        """
         if self._tensors is None:
             self._tensors = [*self.model.parameters(), *self.model.buffers()]
         # grows with every step of an optimizer and every load
@@ -101,6 +106,15 @@ class Encoder(torch.nn.Module):
         return self._forward(
             self._tokenize(list(zip(self._clean(left), self._clean(right), strict=True)))
         )
+
+    def at(self, precision: Precision) -> "Encoder":
+        """The same weights, which are of fp32, in another precision; its features are others."""
+        if precision in (self.precision, "fp32"):
+            return self
+        model = in_precision(self.model, precision)
+        other = Encoder(model, self.tokenizer, self.name, self.pooling, self.max_length)
+        other.precision = precision
+        return other.eval()
 
     def save(self, folder: Path) -> None:
         """Write model and tokenizer so that `open_encoder(str(folder))` gives the same digest."""
@@ -159,7 +173,7 @@ class Encoder(torch.nn.Module):
             # the first token must see the whole text, else a window is all that it knows
             inputs["global_attention_mask"] = torch.zeros_like(mask)
             inputs["global_attention_mask"][:, 0] = 1
-        tokens: Tensor = self.model(**inputs).last_hidden_state
+        tokens: Tensor = self.model(**inputs).last_hidden_state.float()
         if self.pooling == "cls":
             return tokens[:, 0]
         weight = mask.unsqueeze(-1).to(tokens.dtype)
@@ -182,7 +196,12 @@ def _window(model: Any) -> int:
 
 
 def open_encoder(
-    name: str, *, pooling: Pooling = "mean", max_length: int = 256, device: str = "cpu"
+    name: str,
+    *,
+    pooling: Pooling = "mean",
+    max_length: int = 256,
+    device: str = "cpu",
+    precision: Precision = "fp32",
 ) -> Encoder:
     """Open `minilm`, a folder, or a model of the Hugging Face hub, from its cache if possible.
     Raises SettingsError: it is not there, cannot be reached, or is no encoder of texts.
@@ -202,7 +221,8 @@ def open_encoder(
     if fault := _fault(model.config, tokenizer):
         raise SettingsError(f"encoder '{name}': {fault}")
     encoder = Encoder(model, tokenizer, name, pooling, max_length)
-    return encoder.to(device).eval()  # the whole of it: encode() puts back the mode that it finds
+    # the whole of it is put into eval mode: encode() puts back the mode that it finds
+    return encoder.eval().at(precision).to(device)
 
 
 def _check_hub(name: str) -> None:

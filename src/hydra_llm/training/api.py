@@ -105,6 +105,7 @@ async def afit(
     if settings is not None:
         given = replace(given, settings=as_learned(given.settings, settings))
     _, data, model = _opened(dataset, llm, given.settings)
+    given.check_precision()
     given.check_task(data.task)
     names = data.users("test") if users is None else list(dict.fromkeys(users))
     if unknown := [name for name in names if name not in data.splits]:
@@ -142,13 +143,12 @@ def blank_bundle(
     progress: Progress | None = None,
 ) -> Bundle:
     """A bundle that has learned nothing: all that prompts need. `progress` is the encoder's."""
-    encoder = open_encoder(
-        settings.encoder, pooling=settings.pooling, max_length=settings.max_length
-    )
+    encoder = open_encoder(settings.encoder, **settings.of_encoder)
     encoder.progress = progress
     store = FeatureCache(encoder, settings.cache / "features.sqlite")
     stats = fit_stats(task, store, list(records.values()))
-    return Bundle(task, settings, dict(llm.identity), store, stats, records=records)
+    own = {"precision": encoder.precision, "records": records}
+    return Bundle(task, settings, dict(llm.identity), store, stats, **own)
 
 
 def _opened(
@@ -158,6 +158,8 @@ def _opened(
     if chosen.tune_encoder and chosen.features != "cross":
         fault = "a tower keeps its features and cannot be tuned"
         raise SettingsError(f"tune_encoder needs features=cross: {fault}")
+    if chosen.tune_encoder and chosen.encoder_precision not in ("auto", "fp32"):
+        raise SettingsError(f"tune_encoder needs fp32, not {chosen.encoder_precision}")
     data = dataset if isinstance(dataset, DataSet) else load(dataset)
     model = open_llm(llm, chosen) if isinstance(llm, str) else llm
     return chosen, data, model
