@@ -121,9 +121,9 @@ class Bundle:
     def check_precision(self) -> None:
         """Raise SettingsError where heads would be fitted on features of another precision."""
         if (other := self.features.encoder.precision) != self.precision:
-            learned = f"the bundle was learned with {self.precision}, of which all its heads must be"
+            learned = f"the bundle was learned with {self.precision}, not {other}"
             fix = "leave it out, or learn another bundle"
-            raise SettingsError(f"setting 'encoder_precision': {learned}, not {other}: {fix}")
+            raise SettingsError(f"setting 'encoder_precision': {learned}: {fix}")
 
     def pipeline(
         self, settings: Settings | None = None, *, rerank: bool = True, adapt: bool = True

@@ -28,7 +28,7 @@ class Overloaded(HydraError):
 @dataclass(frozen=True, slots=True)
 class _Job:
     do: Callable[[], Any]
-    texts: Sequence[str] = ()
+    texts: Callable[[], Sequence[str]] = tuple
     pairs: Callable[[], Pairs] = tuple
     result: "Future[Any]" = field(default_factory=Future)
 
@@ -92,14 +92,14 @@ class MicroBatcher:
     async def run(
         self,
         do: Callable[[], R],
-        texts: Sequence[str] = (),
         *,
         user: str,
+        texts: Callable[[], Sequence[str]] = tuple,
         pairs: Callable[[], Pairs] = tuple,
         idle: bool = False,
     ) -> R:
-        """Await `do()` in the scoring thread, after its texts, and then what `pairs()` gives there,
-        were encoded together with those of other waiting jobs. An idle job begins when no other
+        """Await `do()` in the scoring thread, after what `texts()`, and then `pairs()`, give there
+        was encoded together with those of other waiting jobs. An idle job begins when no other
         waits; it must be short. `user` is for whom it is done, "" for the server itself. Raises
         `Overloaded` if the thread has ended, or too many jobs of users wait.
         """
@@ -138,11 +138,15 @@ class MicroBatcher:
 
     def _do(self, batch: Sequence[_Job]) -> None:
         jobs = [job for job in batch if job.result.set_running_or_notify_cancel()]
-        texts = dict.fromkeys(text for job in jobs for text in job.texts)
-        # An error of the encoder occurs again, and is reported, in the job that needs the text.
-        if texts and self._encode is not None:
-            with suppress(Exception):
-                self._encode(list(texts))
+        # An error occurs again, and is reported, in the job that needs the text.
+        if self._encode is not None:
+            texts: dict[str, None] = {}
+            for job in jobs:
+                with suppress(Exception):
+                    texts |= dict.fromkeys(job.texts())
+            if texts:
+                with suppress(Exception):
+                    self._encode(list(texts))
         if self._encode_pairs is not None:
             pairs: dict[tuple[str, str], None] = {}
             for job in jobs:

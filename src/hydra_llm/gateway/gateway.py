@@ -160,7 +160,8 @@ class Gateway:
         )
         search.span = self.telemetry.tracing.parent
         try:
-            await deployment.batcher.run(search.run, [text], user=name, pairs=search.pairs)
+            how: Any = {"user": name, "texts": search.texts, "pairs": search.pairs}
+            await deployment.batcher.run(search.run, **how)
         except Exception as error:
             busy = isinstance(error, Overloaded)
             self.telemetry.failed("scoring" if busy else "retriever", error)
@@ -264,7 +265,9 @@ class Gateway:
 
             name = request.search.user.name
             ranked = partial(rank, pipeline, context.without_vectors(), choices, greedy)
-            return await request.deployment.batcher.run(ranked, texts, user=name, pairs=pairs)
+            how: Any = {"user": name, "texts": lambda: texts, "pairs": pairs}
+            ranking: RankedChoices = await request.deployment.batcher.run(ranked, **how)
+            return ranking
         except Exception as error:  # whatever it is must not cost the caller an answer
             self.telemetry.failed("adapter", error)
             return unranked(choices, "scoring-failure")

@@ -66,7 +66,7 @@ class Encoder(torch.nn.Module):
 
     @property
     def digest(self) -> str:
-        """sha256 over weights (so of their precision), tokenizer, pooling and max_length: the key of
+        """sha256 over weights (and their precision), tokenizer, pooling, max_length: the key of
         cached features.
         """
         if self._tensors is None:
