@@ -58,6 +58,11 @@ class FeatureCache:
         with self._lock:
             return len(keys) - len(self._recall(keys))
 
+    def holds(self, count: int) -> bool:
+        """Whether so many vectors stay: in the file, or else in memory."""
+        in_file = self.keep and self._file is not None and self._file.keeps
+        return in_file or count * 4 * self.encoder.width <= MEMORY_BYTES
+
     def pairs(self, left: Sequence[str], right: Sequence[str]) -> np.ndarray:
         """As `Encoder.encode_pairs`: [B, H] float32."""
         return self._rows(list(zip(left, right, strict=True)))
