@@ -115,10 +115,6 @@ class Model(Group):
 
     encoder: str = "minilm"
     """`minilm` (all-MiniLM-L6-v2 from its package), a Hugging Face model name, or a folder."""
-    encoder_precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
-    """Numbers that the encoder computes with; auto: as the bundle was learned, fp32 for a new one.
-    `ask`, `serve` and `bench run --bundle` may take another one; `fit` may not.
-    """
     head: str = "linear"
     """mlp (592,130 parameters), linear, lowrank (`rank`), kernel, bias (one), or a plug-in."""
 
@@ -175,6 +171,10 @@ class Research(Group):
     """Pooling of the encoder's token vectors: their mean, or the first one (cls)."""
     max_length: int = Field(default=256, ge=8)
     """Max tokens per encoded text; longer texts are truncated."""
+    encoder_precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """Numbers that the encoder computes with; auto: as the bundle was learned, fp32 for a new one.
+    `ask`, `serve` and `bench run --bundle` may take another one; `fit` may not.
+    """
     features: Literal["tower", "cross"] = "tower"
     """tower: bi-encoder, texts encoded alone; cross: cross-encoder on pairs, as in the paper."""
     rank: int = Field(default=16, ge=1)

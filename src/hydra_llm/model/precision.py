@@ -37,8 +37,8 @@ class Int8Linear(nn.Module):
         rounded = torch.round(weight / scale[:, None]).to(torch.int8)
         self.register_buffer("weight", rounded.T.contiguous())  # [I, O]
         self.register_buffer("scale", scale)  # [O]
-        bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach()
-        self.register_buffer("bias", bias)
+        own: Tensor | None = layer.bias  # torch calls it a Tensor, also where there is none
+        self.register_buffer("bias", torch.zeros(len(weight)) if own is None else own.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] → [..., O]."""
