@@ -23,7 +23,7 @@ class Personalizer(UserPipeline):
             BundleError: the bundle is damaged, newer, or not there.
             SettingsError: an unknown LLM or setting, or one that learning has fixed.
         """
-        here = load_settings(**settings)
+        here = load_settings(None, None, **settings)
         loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle, here=here)
         chosen = loaded.settings_with(**settings)
         opened = open_llm(llm, chosen) if isinstance(llm, str) else llm

@@ -53,8 +53,10 @@ class Int8Linear(nn.Module):
         return sums.float().mul_(scale).mul_(self.scale).add_(self.bias)
 
 
-def in_precision(model: nn.Module, precision: Literal["bf16", "int8"]) -> nn.Module:
-    """A copy of a model in fewer bits. SettingsError: this torch cannot multiply int8."""
+def in_precision(model: nn.Module, precision: Precision) -> nn.Module:
+    """The model, or a copy in fewer bits. SettingsError: this torch cannot multiply int8."""
+    if precision == "fp32":
+        return model
     if precision == "bf16":
         if not has_bf16():
             log.warning("this processor has no bfloat16 instructions: fp32 is faster than bf16")

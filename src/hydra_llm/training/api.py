@@ -157,8 +157,8 @@ def blank_bundle(
     histories = list(records.values())
     encode_ahead(store, texts_of_stats(histories), progress)
     stats = fit_stats(task, store, histories)
-    own = {"precision": encoder.precision, "records": records}
-    return Bundle(task, settings, dict(llm.identity), store, stats, **own)
+    bundle = Bundle(task, settings, dict(llm.identity), store, stats, records=records)
+    return replace(bundle, precision=encoder.precision)
 
 
 def _opened(
