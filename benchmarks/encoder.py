@@ -73,7 +73,9 @@ def main() -> None:
 
 def measure_speed(data: Path, runs: int, batch: int) -> list[Row]:
     with gzip.open(data / "movie_rating" / "history.jsonl.gz", "rt", encoding="utf-8") as lines:
-        inputs = [json.loads(line)["input"] for _, line in zip(range(8 * batch), lines)]
+        inputs = [
+            json.loads(line)["input"] for _, line in zip(range(8 * batch), lines, strict=False)
+        ]
     texts = [" ".join(inputs[i::batch]) for i in range(batch)]
     rows = []
     for length in LENGTHS:
