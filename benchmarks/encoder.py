@@ -23,6 +23,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +105,14 @@ def dynamic(plain: Encoder) -> Encoder:
 
 def openvino_jobs(plain: Encoder, texts: list[str]) -> dict[str, Callable[[], object]]:
     """The same model in OpenVINO, one thread, in fp32 and bfloat16; empty without it."""
-    try:
-        import openvino
-    except ImportError:
+    if find_spec("openvino") is None:
         return {}
+    openvino: Any = import_module("openvino")
     tokens = plain.tokenizer(texts, return_tensors="pt", padding=True)
     inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
     converted = openvino.convert_model(plain.model, example_input=inputs)
     arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-    jobs = {}
+    jobs: dict[str, Callable[[], object]] = {}
     for hint, name in (("f32", "OpenVINO fp32"), ("bf16", "OpenVINO bf16")):
         options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": 1}
         compiled = openvino.Core().compile_model(converted, "CPU", options)
