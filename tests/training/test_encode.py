@@ -127,7 +127,7 @@ def test_what_is_encoded_ahead_is_what_the_side_features_compare() -> None:
 
 def test_what_would_not_be_kept_is_not_encoded_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     class Refusing:
-        digest, width, progress = "0", 4, None
+        digest, width = "0", 4
 
     monkeypatch.setattr("hydra_llm.model.feature_cache.MEMORY_BYTES", 100)
     store = FeatureCache(Refusing())  # type: ignore[arg-type]

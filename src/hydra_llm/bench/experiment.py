@@ -335,7 +335,7 @@ def learned_bundles(experiment: Experiment) -> dict[int, Bundle]:
     if not experiment.learns:
         records = {user: in_order(data.history(user)) for user in experiment.new_users}
         blank = blank_bundle(data.task, experiment.llm, settings, records, experiment.progress)
-        blank.features.encoder.progress = None
+        blank.features.progress = None
         return {settings.training_seed: blank}
     out, bundles = experiment.out, dict[int, Bundle]()
     base = "bundle" if experiment.fold is None else f"bundle-{experiment.fold}"

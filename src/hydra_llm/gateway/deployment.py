@@ -177,6 +177,7 @@ def open_deployment(
     from hydra_llm.bundle import Bundle
 
     loaded = Bundle.load(folder, here=here)
+    loaded.check_precision()  # feedback moves heads
     chosen = loaded.settings.model_copy(update=overrides)
     # The bundle's own users are the store's like any others: the store's records and heads count.
     bundle = replace(loaded.without_people(str), settings=chosen)

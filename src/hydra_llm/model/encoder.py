@@ -26,6 +26,7 @@ from hydra_llm.errors import SettingsError
 from hydra_llm.model.precision import Precision, in_precision
 
 Pooling = Literal["mean", "cls"]
+Progress = Callable[[int, int], None]
 log = logging.getLogger(__name__)
 
 HUB_TIMEOUT = 10.0  # seconds for the question whether the hub is there
@@ -51,7 +52,6 @@ class Encoder(torch.nn.Module):
         self.name, self.pooling = name, pooling
         self.max_length = min(max_length, _window(model))
         self.width: int = model.config.hidden_size
-        self.progress: Callable[[int, int], None] | None = None  # called with (done, total) texts
         self.cut = 0  # how many texts were longer than `max_length` tokens so far
         types = getattr(model.config, "type_vocab_size", 0)
         self._has_types = types > 1 and "token_type_ids" in tokenizer.model_input_names
@@ -89,17 +89,24 @@ class Encoder(torch.nn.Module):
         self._digest = self._tensors = None
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
-    def encode(self, texts: Sequence[str], batch: int = 32) -> np.ndarray:
-        """Each text alone, [B, H] float32 with rows of length 1: a dot product is a cosine."""
-        return normalize(self._encode(self._clean(texts), batch), dim=1).numpy()
+    def encode(
+        self, texts: Sequence[str], batch: int = 32, progress: Progress | None = None
+    ) -> np.ndarray:
+        """Each text alone, [B, H] float32 with rows of length 1: a dot product is a cosine.
+        `progress` is called with (done, total) texts.
+        """
+        return normalize(self._encode(self._clean(texts), batch, progress), dim=1).numpy()
 
     def encode_pairs(
-        self, left: Sequence[str], right: Sequence[str], batch: int = 16
+        self,
+        left: Sequence[str],
+        right: Sequence[str],
+        batch: int = 16,
+        progress: Progress | None = None,
     ) -> np.ndarray:
         """Each pair as one text (`cross`), [B, H] float32, not normalised."""
-        return self._encode(
-            list(zip(self._clean(left), self._clean(right), strict=True)), batch
-        ).numpy()
+        pairs = list(zip(self._clean(left), self._clean(right), strict=True))
+        return self._encode(pairs, batch, progress).numpy()
 
     def forward_pairs(self, left: Sequence[str], right: Sequence[str]) -> Tensor:
         """As `encode_pairs`, in one batch, with gradients and (in training mode) dropout."""
@@ -123,7 +130,7 @@ class Encoder(torch.nn.Module):
             self.tokenizer.save_pretrained(folder)
 
     @torch.inference_mode()
-    def _encode(self, texts: Sequence[Any], batch: int) -> Tensor:
+    def _encode(self, texts: Sequence[Any], batch: int, progress: Progress | None) -> Tensor:
         rows, training = torch.empty(len(texts), self.width), self.training
         if training:
             self.eval()  # without dropout
@@ -135,8 +142,8 @@ class Encoder(torch.nn.Module):
                     group = by_length[first : first + batch]
                     vectors = self._forward([encodings[i] for i in group])
                     rows[[start + i for i in group]] = vectors.float().cpu()
-                    if self.progress is not None and len(texts) > REPORTED_FROM:
-                        self.progress(start + min(first + batch, len(by_length)), len(texts))
+                    if progress is not None and len(texts) > REPORTED_FROM:
+                        progress(start + min(first + batch, len(by_length)), len(texts))
         finally:
             if training:
                 self.train()

@@ -79,7 +79,7 @@ async def alearn(
     every = list(chain.from_iterable(records.values()))
     encode_histories(blank, every, progress, ranks=weak and not is_none(model))
     await Work(learned, model, progress, out, strengths, asked).learn(first)
-    blank.features.encoder.progress = None
+    blank.features.progress = None
     counts = {"users": len(records), "calls": learned.usage.calls, "cached": learned.usage.cached}
     learned.report(**counts, stages=learned.stages_json())
     if out is not None:
@@ -119,11 +119,11 @@ async def afit(
     notes = _lacking(names, own, "have no records: they get the shared head")
     given = replace(given, records=overlaid(given.records, own))
     learned = Learned(given, tuple(names), notes=notes)
-    every, encoder = list(chain.from_iterable(own.values())), given.features.encoder
+    every, features = list(chain.from_iterable(own.values())), given.features
     encode_histories(given, every, progress, ranks=given.reranker is not None)
-    encoder.progress = partial(progress, STAGE)  # of pairs, which are known only now
+    features.progress = partial(progress, STAGE)  # of pairs, which are known only now
     await Work(learned, model, progress).fit()
-    encoder.progress = None
+    features.progress = None
     if not isinstance(bundle, Bundle):
         learned.bundle.save(bundle)
     return learned
@@ -152,8 +152,8 @@ def blank_bundle(
 ) -> Bundle:
     """A bundle that has learned nothing: all that prompts need."""
     encoder = open_encoder(settings.encoder, **settings.of_encoder)
-    encoder.progress = partial(progress, STAGE)
     store = FeatureCache(encoder, settings.cache / "features.sqlite")
+    store.progress = partial(progress, STAGE)
     histories = list(records.values())
     encode_ahead(store, texts_of_stats(histories), progress)
     stats = fit_stats(task, store, histories)

@@ -24,19 +24,19 @@ def encode_ahead(features: FeatureCache, texts: Iterable[str], progress: StagePr
     distinct = list(dict.fromkeys(texts))
     if not features.holds(len(distinct)) or not features.missing(distinct):
         return
-    encoder, before, kept = features.encoder, features.encoder.progress, 0
+    before, kept = features.progress, 0
 
     def report(done: int, total: int) -> None:
         progress(STAGE, kept + done, len(distinct))
 
     try:
-        encoder.progress = report
+        features.progress = report
         for start in range(0, len(distinct), AT_ONCE):
             kept = start
             report(0, 0)
             features.texts(distinct[start : start + AT_ONCE])
     finally:
-        encoder.progress = before
+        features.progress = before
     progress(STAGE, len(distinct), len(distinct))
 
 
