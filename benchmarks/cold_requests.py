@@ -13,6 +13,7 @@ import asyncio
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,8 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import gateway
-from gateway import Ask, chat, client, mock, prepare, server
+from gateway import Ask, chat, client, mock, server
 from measure import Limit, finish, options
 from pass_through import BEFORE, DIRECT, NOW, ROOT, checkout, cpu_ms, spread
 
@@ -37,9 +37,8 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=100)
     args = parser.parse_args()
     args.features = "tower"
-    gateway.CACHED_USERS = 0  # nobody's history is encoded
     with tempfile.TemporaryDirectory() as name, checkout(args.before, Path(name)) as earlier:
-        prepare(args, Path(name))
+        prepared_by(earlier, args, Path(name))
         times, cpu = asyncio.run(measure(args, Path(name), {BEFORE: earlier, NOW: ROOT}))
     direct = spread(times[DIRECT])
     added = {
@@ -50,6 +49,18 @@ def main() -> None:
     result = {"direct": direct, "added": added, "cpu_ms_a_user": cpu, "ratio": ratio}
     limit = Limit("first request, never encoded: added p50, now over before", ratio, MOST)
     finish(args, result, [f"{name}: {row}" for name, row in result.items()], [limit])
+
+
+def prepared_by(version: Path, args: Any, folder: Path) -> None:
+    """Bundle and store of the earlier version, which the later one reads too."""
+    code = (
+        "import argparse, gateway, pathlib; gateway.CACHED_USERS = 0;"
+        f" args = argparse.Namespace(**{vars(args)!r});"
+        f" gateway.prepare(args, pathlib.Path({str(folder)!r}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(version / "src")}
+    where = version / "benchmarks"
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=where, check=True)
 
 
 async def measure(

@@ -200,7 +200,10 @@ def scores_of(bundle: Bundle, queries: list[Query]) -> dict[str, list[list[float
 
 
 def compare_picks(result: str, replays: Path) -> list[Row]:
-    """Metrics of the methods with learned parts, in each precision; `published`: the committed."""
+    """Metrics of the methods with learned parts, in each precision; `published`: the committed.
+    Left out: methods whose prompts have other records in one of them, so that no answer of the LLM
+    is recorded.
+    """
     published = json.loads((RESULTS / result / "report.json").read_text(encoding="utf-8"))
     commands = json.loads((RESULTS / result / "commands.json").read_text(encoding="utf-8"))
     reports = {"published": published}
@@ -208,10 +211,12 @@ def compare_picks(result: str, replays: Path) -> list[Row]:
         run = replays / precision / result / "run"
         if (run / "results.json").exists():
             reports[precision] = report(run, commands.get("against", BASELINE))
+    failed = {m["method"] for own in reports.values() for m in own["methods"] if m["failed"]}
     rows = []
     for name, own in reports.items():
         for method in own["methods"]:
-            if method["method"].startswith(("hydra@", "hydra-shared@", "scorer-only")):
+            learned = method["method"].startswith(("hydra", "scorer-only"))
+            if learned and method["method"] not in failed:
                 metrics = {key: value[0] for key, value in method["metrics"].items()}
                 known = {"result": result, "precision": name, "method": method["method"]}
                 rows.append({**known, **metrics})
