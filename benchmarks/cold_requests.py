@@ -85,6 +85,8 @@ async def measure(
                     started = time.perf_counter()
                     await asks[name](http)
                     times[name].append((time.perf_counter() - started) * 1000)
+                latest = {name: round(own[-1], 1) for name, own in times.items()}
+                print(f"user {number}: {latest}", file=sys.stderr, flush=True)
             cpu = {name: (cpu_ms(url) - begin[name]) / args.users for name, url in urls.items()}
     return times, cpu
 

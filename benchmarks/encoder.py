@@ -1,6 +1,6 @@
 """The encoder in fp32, bfloat16 and int8: sequences a second, and what becomes of scores and picks.
 
-    python benchmarks/encoder.py DATA --replays FOLDER [--runs 5] [--batch 16] [--json]
+    python benchmarks/encoder.py DATA --replays FOLDER [--parts speed,scores,picks] [--json]
 
 speed    one batch of real texts (movie_rating, joined and cut) of 64, 128 and 256 tokens, in turn;
          by processor time of one thread. Beside them torch's own dynamic quantization (one scale
@@ -55,19 +55,26 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--replays", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--parts", default="speed,scores,picks")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    speed = measure_speed(args.data, args.runs, args.batch)
-    names = sorted(path.name for path in (args.replays / "fp32").iterdir() if path.is_dir())
-    scores = [row for name in names for row in compare_scores(name, args.data, args.replays)]
-    picks = [row for name in names for row in compare_picks(name, args.replays)]
-    lines = [" ".join(f"{k} {v}" for k, v in row.items()) for row in (*speed, *scores, *picks)]
+    folder = args.replays / "fp32"
+    names = sorted(path.name for path in folder.iterdir() if (path / "run/results.json").exists())
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "speed": lambda: measure_speed(args.data, args.runs, args.batch),
+        "scores": lambda: [r for n in names for r in compare_scores(n, args.data, args.replays)],
+        "picks": lambda: [row for name in names for row in compare_picks(name, args.replays)],
+    }
+    result = {name: parts[name]() for name in args.parts.split(",")}
+    lines = [
+        " ".join(f"{k} {v}" for k, v in row.items()) for part in result.values() for row in part
+    ]
     limits = [
         Limit(f"Spearman, {row['result']}, {row['scorer']}, {row['precision']}", value, LEAST, True)
-        for row in scores
+        for row in result.get("scores", ())
         if (value := row["spearman"]) is not None
     ]
-    finish(args, {"speed": speed, "scores": scores, "picks": picks}, lines, limits)
+    finish(args, result, lines, limits)
 
 
 # ---- speed
@@ -108,8 +115,8 @@ def openvino_jobs(plain: Encoder, texts: list[str]) -> dict[str, Callable[[], ob
     if find_spec("openvino") is None:
         return {}
     openvino: Any = import_module("openvino")
-    tokens = plain.tokenizer(texts, return_tensors="pt", padding=True)
-    inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+    ids = torch.tensor([encoding.ids for encoding in plain._tokenize(texts)])  # of one length
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     converted = openvino.convert_model(plain.model, example_input=inputs)
     arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
     jobs: dict[str, Callable[[], object]] = {}

@@ -298,7 +298,7 @@ def server(command: list[str], environment: dict[str, str], ready: str) -> Itera
         yield url
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(300)
 
 
 # ---- the client
