@@ -1,19 +1,19 @@
 """The encoder in fp32, bfloat16 and int8: sequences a second, and what becomes of scores and picks.
 
-    python benchmarks/encoder.py DATA --replays FOLDER [--parts speed,scores,picks] [--json]
+    python benchmarks/encoder.py DATA --bundles FOLDER --replays FOLDER [--parts speed,scores,picks]
 
 speed    one batch of real texts (movie_rating, joined and cut) of 64, 128 and 256 tokens, in turn;
          by processor time of one thread. Beside them torch's own dynamic quantization (one scale
          for all tokens of a batch) and, where it is installed, OpenVINO.
-scores   bundles that were learned in fp32, opened in each precision: Spearman's correlation of all
-         scores of their test users' queries with those of fp32 (reranker: the retrieved records;
-         adapter: every label), and the share of queries with the same first one. Of each row the
-         vectors' least cosine with fp32's too.
+scores   bundles FOLDER/NAME of DATA/NAME, learned in fp32, opened in each precision: Spearman's
+         correlation of all scores of their test users' queries with those of fp32 (reranker: the
+         retrieved records; adapter: every label), the share of queries with the same first one, and
+         the least cosine of a query's vectors.
 picks    the committed benchmark, learned, fitted and answered in each precision.
 
 FOLDER/PRECISION has what `HYDRA_ENCODER_PRECISION=PRECISION python benchmarks/replay.py DATA --only
-NAME --work FOLDER/PRECISION` left there; FOLDER/fp32 has the bundles of `scores`. Exits with 1 if
-the correlation of a precision is below 0.98.
+NAME --work FOLDER/PRECISION` left there. Exits with 1 if the correlation of a precision is below
+0.98.
 """
 
 import gzip
@@ -53,6 +53,7 @@ Row = dict[str, Any]
 def main() -> None:
     parser = options(__doc__, runs=5)
     parser.add_argument("data", type=Path)
+    parser.add_argument("--bundles", type=Path, required=True)
     parser.add_argument("--replays", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--parts", default="speed,scores,picks")
@@ -62,7 +63,11 @@ def main() -> None:
     names = sorted(path.name for path in folder.iterdir() if (path / "run/results.json").exists())
     parts: dict[str, Callable[[], list[Row]]] = {
         "speed": lambda: measure_speed(args.data, args.runs, args.batch),
-        "scores": lambda: [r for n in names for r in compare_scores(n, args.data, args.replays)],
+        "scores": lambda: [
+            row
+            for place in sorted(args.bundles.iterdir())
+            for row in compare_scores(place, args.data / place.name)
+        ],
         "picks": lambda: [row for name in names for row in compare_picks(name, args.replays)],
     }
     result = {name: parts[name]() for name in args.parts.split(",")}
@@ -70,7 +75,7 @@ def main() -> None:
         " ".join(f"{k} {v}" for k, v in row.items()) for part in result.values() for row in part
     ]
     limits = [
-        Limit(f"Spearman, {row['result']}, {row['scorer']}, {row['precision']}", value, LEAST, True)
+        Limit(f"Spearman, {row['data']}, {row['scorer']}, {row['precision']}", value, LEAST, True)
         for row in result.get("scores", ())
         if (value := row["spearman"]) is not None
     ]
@@ -142,14 +147,9 @@ def cpu_in_turn(jobs: dict[str, Callable[[], object]], runs: int) -> dict[str, l
 # ---- scores
 
 
-def compare_scores(result: str, data: Path, replays: Path) -> list[Row]:
-    """Rows of a result's scorers and precisions."""
-    commands = json.loads((RESULTS / result / "commands.json").read_text(encoding="utf-8"))
-    run = replays / "fp32" / result / "run"
-    place = next((path for path in sorted(run.glob("bundle*")) if path.is_dir()), None)
-    if place is None:
-        return []
-    dataset = load(data / commands.get("data", result))
+def compare_scores(place: Path, data: Path) -> list[Row]:
+    """Rows of a bundle's scorers and precisions."""
+    dataset = load(data)
     found: dict[str, dict[str, list[list[float]]]] = {}
     vectors: dict[str, np.ndarray] = {}
     for precision in PRECISIONS:
@@ -174,7 +174,7 @@ def compare_scores(result: str, data: Path, replays: Path) -> list[Row]:
             cosine = (vectors["fp32"] * vectors[precision]).sum(1).min()
             rows.append(
                 {
-                    "result": result,
+                    "data": place.name,
                     "scorer": scorer,
                     "precision": precision,
                     "queries": len(plain),
