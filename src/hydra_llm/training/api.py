@@ -28,6 +28,7 @@ from hydra_llm.llm.registry import open_llm
 from hydra_llm.model.encoder import open_encoder
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.persistence import check_place
+from hydra_llm.plugins import HEADS
 from hydra_llm.side_features import fit_stats
 from hydra_llm.tasks.base import Task
 from hydra_llm.training.labelling import asked_about
@@ -158,6 +159,11 @@ def _opened(
     if chosen.tune_encoder and chosen.features != "cross":
         fault = "a tower keeps its features and cannot be tuned"
         raise SettingsError(f"tune_encoder needs features=cross: {fault}")
+    if chosen.labelling == "adaptive" and (
+        chosen.tune_encoder or not HEADS.load(chosen.head).convex
+    ):
+        fault = "each round fits the scorer anew, which needs a convex head and a frozen encoder"
+        raise SettingsError(f"labelling=adaptive: {fault}; take labelling=all")
     data = dataset if isinstance(dataset, DataSet) else load(dataset)
     model = open_llm(llm, chosen) if isinstance(llm, str) else llm
     return chosen, data, model

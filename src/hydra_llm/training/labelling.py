@@ -42,6 +42,21 @@ class Collected:
     usage: Usage = Usage()
 
 
+def merged(parts: Sequence[Collected]) -> Collected:
+    """What several requests for labels gave, in their order."""
+
+    def groups(featurizer: Featurizer) -> list[LabelledGroup]:
+        return [group for part in parts for group in part.groups(featurizer)]
+
+    out = Collected(groups)
+    for part in parts:
+        out.calls += part.calls
+        out.failures += part.failures
+        out.notes += part.notes
+        out.usage += part.usage
+    return out
+
+
 @dataclass(frozen=True)
 class Asked:
     """What the LLM labels: users' queries, and the records that these may see."""
@@ -196,6 +211,15 @@ async def adapter_groups(
             if candidates := _offered(personalizer, proposal):
                 offers.append((context, candidates))
     return out
+
+
+def unasked_groups(
+    personalizer: UserPipeline, featurizer: Featurizer, queries: Sequence[Query]
+) -> list[LabelledGroup]:
+    """The groups of all labels that `adapter_groups` makes, before the LLM votes on them."""
+    candidates = all_labels(personalizer.task, [])
+    contexts = map(personalizer.context_of, queries)
+    return [_labelled(featurizer, context, candidates, voted=True) for context in contexts]
 
 
 def _offered(personalizer: UserPipeline, proposal: Proposal) -> list[Candidate]:

@@ -12,10 +12,10 @@ Nothing but the scorer that is being learned is changed. Knows no texts and no L
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +66,17 @@ class Strengths:
     steps: int = 4  # of its learning, at most
     margin: float = 1.0  # standard errors by which own heads must beat the shared one
 
+    def chosen(self, report: Mapping[str, Any]) -> "Strengths":
+        """Those that a scorer's report has, for another fit to the same groups."""
+        basis = report.get("prior_ridge", math.nan)
+        return replace(
+            self,
+            ridges=(report["ridge"],),
+            side_ridges=(report["evidence_ridge"],),
+            precisions=(report["precision"],),
+            bases=self.bases if math.isnan(basis) else (basis,),
+        )
+
 
 def fit_scorer(
     scorer: Scorer,
@@ -76,6 +87,7 @@ def fit_scorer(
     strengths: Strengths = Strengths(),
     rank: int = 0,
     done: Progress | None = None,
+    keep: Callable[[Sequence[HeldOut]], object] | None = None,
 ) -> tuple[FitReport, UserHeads]:
     """Choose the strengths, fit base and heads of every user, calibrate, on a prepared interaction.
 
@@ -83,7 +95,8 @@ def fit_scorer(
     helps a new user. Without them the users take turns in folds, which is fair where the
     interaction has seen no labels. Where only some groups are voted, base and heads learn from the
     others, and the voted ones only calibrate. With a `rank` the prior of heads is learned, in so
-    many dimensions, unless an isotropic one is better for held-out users.
+    many dimensions, unless an isotropic one is better for held-out users. `keep` gets the held-out
+    groups of calibration.
     """
     plain = data.take((~data.voted).nonzero()[:, 0]) if data.partly_voted else data
     names = plain.names()
@@ -101,11 +114,36 @@ def fit_scorer(
     scorer.head.tune(map(base.problems_of, base.folds), len(base.folds))
     if base.folds:
         evaluate_held_out(scorer, base.held_out(plain, TrainingSet.prequential_splits), report)
-        calibrate(scorer, base.held_out(data, base.calibration_splits), report)
+        calibrate(scorer, held_out := base.held_out(data, base.calibration_splits), report)
+        if keep is not None:
+            keep(held_out)
     base.fit(plain)
     base.steps.finish()
     measure_posterior(scorer, plain, heads := fit_heads(scorer, plain, names))
     return report, heads
+
+
+@torch.no_grad()
+def cross_fitted_losses(
+    scorer: Scorer, known: TrainingSet, used: Tensor, *, seed: int = 0, tried: Strengths
+) -> Tensor:
+    """[G] the loss of each group of `known` by a base that is fitted, at ridges of its own choice,
+    to those `used` [G] of other users; NaN without any.
+    """
+    train, out = known.take(used.nonzero()[:, 0]), torch.full((len(known),), math.nan)
+    base = _Base(
+        scorer, train, _folds_of(train, _parts(train, seed)), FitReport(), _Steps(1, None), 0, {}
+    )
+    base.choose_ridges(tried)
+    for part in folds(known.names(), TINY_FOLDS, seed):
+        others = train.of(sorted(set(train.names()) - set(part)))
+        if not len(others):
+            continue
+        fit_base(scorer, others, base.report.ridge, base.report.evidence_ridge)
+        places = [place for user in part for place in known.index[user]]
+        unseen = known.take(places)
+        out[places] = group_losses(scorer, unseen, scorer.core(unseen.groups))
+    return out
 
 
 def _why_isotropic(report: FitReport) -> str:
