@@ -1,5 +1,5 @@
-"""Adaptive labelling (`labelling = adaptive`): the LLM labels queries in rounds, until one more round
-no longer helps users whom the scorer has not seen.
+"""Adaptive labelling (`labelling = adaptive`): the LLM labels queries in rounds, until one more
+round no longer helps users whom the scorer has not seen.
 
     order   users take turns, in an order drawn by the seed, as are a user's queries
     rounds  `FIRST` queries, then each time as many as there are
@@ -23,7 +23,9 @@ from torch import Tensor
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.llm.concurrency import Progress, StageProgress
+from hydra_llm.model.scorer import Scorer
 from hydra_llm.pipeline import UserPipeline
+from hydra_llm.side_features import Featurizer
 from hydra_llm.training.calibration import HeldOut, VoteTable
 from hydra_llm.training.choosing import some_of_each
 from hydra_llm.training.dataset import LabelledGroup, in_set_order
@@ -136,25 +138,34 @@ def judge_by_votes(
         progress(JUDGE_STAGE, done, total)
 
     trained = train_scorer(bundle, unasked, progress=told, strengths=strengths, keep=parts.extend)
-    chosen = strengths.chosen(trained.report[unasked.name])
-    if not parts:  # of one user alone
-        return lambda before, known: Losses(
-            torch.full((1,), torch.nan), torch.zeros(1), [""]
-        ), chosen
-    table = VoteTable(trained.scorers[unasked.name], parts)
-    groups = in_set_order(unasked.groups(bundle.featurizer))
-    place_of = _places([group for group in groups if group.voted], table.users)
+    groups = unasked.groups(bundle.featurizer)
+    judge = judge_of_votes(trained.scorers[unasked.name], parts, groups, bundle.featurizer)
+    return judge, strengths.chosen(trained.report[unasked.name])
+
+
+def judge_of_votes(
+    scorer: Scorer,
+    held_out: Sequence[HeldOut],
+    groups: Sequence[LabelledGroup],
+    featurizer: Featurizer,
+) -> Judge:
+    """What votes are worth to the calibration of a scorer's held-out groups, made of `groups`."""
+    if not held_out:  # there is one user alone
+        return lambda before, known: Losses(torch.full((1,), torch.nan), torch.zeros(1), [""])
+    table = VoteTable(scorer, held_out)
+    ordered = in_set_order([group for group in groups if group.voted])
+    place_of = _places(ordered, table.users)
 
     def judge(before: Collected, known: Collected) -> Losses:
         votes = {
             place_of[_key(group)]: torch.from_numpy(group.side_features[:, table.columns]).float()
-            for group in known.groups(bundle.featurizer)
+            for group in known.groups(featurizer)
         }
-        used = {place_of[_key(group)] for group in before.groups(bundle.featurizer)}
+        used = {place_of[_key(group)] for group in before.groups(featurizer)}
         users = [table.users[place] for place in votes]
         return Losses(table.losses(votes, used), table.losses(votes, set(votes)), users)
 
-    return judge, chosen
+    return judge
 
 
 def _places(groups: Sequence[LabelledGroup], users: Sequence[str]) -> dict[Key, int]:

@@ -133,10 +133,12 @@ def calibrate(scorer: Scorer, held_out: Sequence[HeldOut], report: FitReport) ->
 class VoteTable:
     """Held-out groups of which the LLM labels some: what its votes are worth to the calibration."""
 
+    @torch.no_grad()
     def __init__(self, scorer: Scorer, held_out: Sequence[HeldOut]):
         self.mix = _Mix.of(scorer, held_out)
         self.columns, self.users = self.mix.columns, self.mix.users
 
+    @torch.no_grad()
     def losses(self, votes: Mapping[int, Tensor], used: Set[int]) -> Tensor:
         """[G] losses of the groups in these places, whose votes are [C, X], calibrated on those
         `used` of other users, with votes or without as `calibrate` decides.
