@@ -138,7 +138,9 @@ class Training(Group):
     queries_per_user: int = Field(default=3, ge=1)
     """Number of a user's latest records that serve as queries when the LLM labels pairs."""
     labelling: Literal["all", "adaptive"] = "all"
-    """Candidates of training users' queries: all labelled, or in rounds until more do not help."""
+    """adaptive: the LLM labels training users' candidates in rounds, until more labels do not help;
+    of records with equal answers one.
+    """
     seed: int = 0
     """Seed of LLM samples, the random retriever, cross-validation folds and training."""
 

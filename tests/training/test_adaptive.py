@@ -89,8 +89,8 @@ def test_rounds_double_until_labels_gain_no_more_than_their_error() -> None:
     assert last["gained"] == pytest.approx(0.02)
     assert last["error"] == pytest.approx(0.1 / 4, rel=0.05)
     assert str(own) == (
-        "128 of 150 queries were labelled: the last labels lowered held-out users' loss by"
-        " 0.0200 ± 0.0250"
+        "128 of 150 queries were labelled (22 calls saved): the last labels lowered the loss of"
+        " held-out users by 0.0200 ± 0.0250"
     )
 
 
@@ -105,6 +105,7 @@ def test_all_are_labelled_where_labels_help_or_nobody_is_held_out(saved: float) 
 def test_a_single_round_needs_no_judge(count: int) -> None:
     own, labeller, _ = rounds(saving(), count)
     assert own.report["queries"] == len(labeller.asked) == count
+    assert own.report["left"] == own.report["saved_calls"] == 0
 
 
 def test_users_take_turns_in_an_order_of_the_seed() -> None:
@@ -247,6 +248,7 @@ def test_fewer_calls_of_training_users_alone(task: Task, tmp_path: Path) -> None
     assert report["queries"] + report["left"] == 4 * TRAIN
     assert len(llm.asked) == result.usage.calls == 2 * report["queries"]  # greedy, and samples
     assert len(every.asked) == all_of_them.usage.calls == 2 * 4 * TRAIN
+    assert len(every.asked) - len(llm.asked) == report["saved_calls"]
     assert set(llm.asked) <= set(every.asked)
     assert not any("new" in text for text in llm.asked)
     assert any("queries were labelled" in note for note in result.notes)

@@ -85,16 +85,19 @@ class Rounds:
                     break
         if progress is not None:
             progress(done, done)
-        self.report = {"queries": done, "left": len(ordered) - done, "rounds": rounds}
+        left, calls = len(ordered) - done, known.usage.calls + known.usage.cached
+        saved = round(left * calls / max(1, done))
+        self.report = {"queries": done, "left": left, "rounds": rounds, "saved_calls": saved}
         return known
 
     def __str__(self) -> str:
-        asked, left = self.report["queries"], self.report["left"]
+        asked, left, calls = (self.report[name] for name in ("queries", "left", "saved_calls"))
         if not left:
             return f"all {asked} queries were labelled, as labels helped to the end"
         last = self.report["rounds"][-1]
-        gained = f"the last labels lowered held-out users' loss by {last['gained']:.4f}"
-        return f"{asked} of {asked + left} queries were labelled: {gained} ± {last['error']:.4f}"
+        gained = f"{last['gained']:.4f} ± {last['error']:.4f}"
+        why = f"the last labels lowered the loss of held-out users by {gained}"
+        return f"{asked} of {asked + left} queries were labelled ({calls} calls saved): {why}"
 
 
 def in_turns(queries: Sequence[Query], seed: int) -> list[Query]:

@@ -114,10 +114,22 @@ def training_queries(task: Task, records: Sequence[Record], count: int) -> list[
 async def reranker_groups(
     personalizer: UserPipeline, queries: Sequence[Query], progress: Progress | None = None
 ) -> Collected:
-    """Ask the LLM each query once per retrieved record, at temperature 0."""
+    """Ask the LLM each query once per retrieved record, at temperature 0. With labels and
+    `labelling=adaptive` one record of each answer is asked for, the first one, and the others are
+    worth the same: an LLM that is shown one record leans on that record's answer.
+    """
     settings = personalizer.settings
     contexts = [personalizer.context_of(query) for query in queries]
     cases = [(context, item) for context in contexts for item in personalizer.retrieve(context)]
+    alike = settings.labelling == "adaptive" and bool(personalizer.task.labels)
+
+    def asked_as(case: tuple[Context, Ranked]) -> tuple[Query, str | Record]:
+        record = case[1].record
+        return case[0].query, record.output if alike else record
+
+    asked: dict[tuple[Query, str | Record], tuple[Context, Ranked]] = {}
+    for case in cases:
+        asked.setdefault(asked_as(case), case)
     greedy = {"samples": 1, "greedy_first": True, "candidates": "sampled"}
     once = replace(personalizer, settings=settings.model_copy(update=greedy))
 
@@ -128,24 +140,28 @@ async def reranker_groups(
         gain = once.task.gain(sampled.candidates[0].answer, query.gold or "")
         return gain, sampled.usage, [*prompt.notes, *sampled.notes]
 
-    results = await map_calls(usefulness, cases, limit=settings.concurrency, progress=progress)
+    distinct, limit = list(asked.values()), settings.concurrency
+    found = await map_calls(usefulness, distinct, limit=limit, progress=progress)
+    results = dict(zip(asked, found, strict=True))
     useful: dict[Query, list[tuple[Ranked, float]]] = {}
 
     def groups(featurizer: Featurizer) -> list[LabelledGroup]:
         group = partial(_reranker_group, personalizer, featurizer, voted=True)
         return [group(own, useful[own.query]) for own in contexts if own.query in useful]
 
-    out = Collected(groups, calls=len(cases))
-    for (context, item), result in zip(cases, results, strict=True):
-        query = context.query
+    out = Collected(groups, calls=len(distinct))
+    for (context, item), result in zip(distinct, found, strict=True):
         if isinstance(result, LLMError):
-            out.failures.append(f"query {query.id}, record {item.record.id}: {result}")
+            out.failures.append(f"query {context.query.id}, record {item.record.id}: {result}")
             out.usage += Usage(failed=1)
         else:
-            gain, usage, notes = result
-            useful.setdefault(query, []).append((item, gain))
+            _, usage, notes = result
             out.usage += usage
             out.notes += notes
+    for case in cases:
+        result = results[asked_as(case)]
+        if not isinstance(result, LLMError):
+            useful.setdefault(case[0].query, []).append((case[1], result[0]))
     return out
 
 
