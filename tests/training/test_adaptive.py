@@ -22,17 +22,21 @@ from hydra_llm.errors import BudgetExceeded, SettingsError
 from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.concurrency import run_sync
+from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.model.scorer import Scorer
+from hydra_llm.pipeline import UserPipeline
+from hydra_llm.retrieve import BM25
 from hydra_llm.tasks.base import Task
 from hydra_llm.training import adaptive
 from hydra_llm.training.adaptive import FIRST, Judge, Losses, Rounds, in_turns
 from hydra_llm.training.calibration import CALIBRATION_RIDGE, HeldOut, VoteTable
-from hydra_llm.training.dataset import TrainingSet
-from hydra_llm.training.labelling import Collected
+from hydra_llm.training.dataset import LabelledGroup, TrainingSet
+from hydra_llm.training.labelling import Collected, reranker_groups
 from hydra_llm.training.learned import Learned
 from hydra_llm.types import Generation, Message, Query, Record, Usage
 from tests.learning import ONE_STRENGTH
 from tests.training.simulated import cross_scorer, simulate
+from tests.training.test_labelling import maker
 
 TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud", "odd"))
 TITLES = Task("titles", "generation", "Title of: {input}")
@@ -124,6 +128,50 @@ def test_progress_never_falls_and_ends_where_labelling_does() -> None:
     label = partial(own.label, Labeller(), None, queries())  # type: ignore[arg-type]
     run_sync(lambda: label(lambda done, total: seen.append((done, total))))
     assert seen == [(FIRST, 150), (2 * FIRST, 150), (2 * FIRST, 2 * FIRST)]
+
+
+def test_where_every_call_fails_no_second_round_is_asked() -> None:
+    labeller = Labeller()
+
+    async def failing(pipeline: Any, own: Sequence[Query], progress: Any) -> Collected:
+        out = await labeller(pipeline, own, progress)
+        return replace(out, failures=["the line was cut"] * len(own))
+
+    label = partial(Rounds(saving(), 0).label, failing, None, queries())  # type: ignore[arg-type]
+    assert len(run_sync(label).failures) == len(labeller.asked) == FIRST
+
+
+# ---- one call for records that agree
+
+
+def test_of_records_with_equal_answers_one_is_asked_for() -> None:
+    words = ("rain", "war", "song", "rain")
+    outputs = ("calm", "loud", "calm", "calm")
+    records = [
+        Record("u", f"r{i}", f"{word} at night", output, position=i)
+        for i, (word, output) in enumerate(zip(words, outputs, strict=True))
+    ]
+    query = Query("u", "q", "rain and war at night", "calm")
+
+    def asked(labelling: str) -> tuple[Collected, LabelledGroup, RuleLLM]:
+        # what the LLM says depends on the whole prompt, not on the record's answer alone
+        llm = RuleLLM(lambda messages, index, rng: rng.choice(TAGS.labels))
+        settings = Settings(k=1, retrieved=4, gate="off", labelling=labelling)
+        pipeline = UserPipeline(TAGS, BM25(), settings, llm=llm, records={"u": records})
+        collected = run_sync(lambda: reranker_groups(pipeline, [query]))
+        (group,) = collected.groups(maker(TAGS))
+        return collected, group, llm
+
+    few, own, fewer = asked("adaptive")
+    every, whole, more = asked("all")
+    assert (few.calls, len(fewer.calls)) == (2, 2)
+    assert (every.calls, len(more.calls)) == (4, 4)
+    assert own.rights == whole.rights
+    first = [
+        next(i for i, text in enumerate(own.rights) if tag in text) for tag in ("calm", "loud")
+    ]
+    for place, text in enumerate(own.rights):
+        assert own.gains[place] == whole.gains[first["loud" in text]]
 
 
 # ---- what votes are worth, against an independent solver

@@ -48,6 +48,7 @@ class Losses(NamedTuple):
     users: Sequence[str]  # [G] whose group
 
 
+UNJUDGED = Losses(torch.full((1,), torch.nan), torch.zeros(1), [""])  # no user is held out
 # (earlier rounds, all rounds) → the losses of all rounds' groups
 Judge = Callable[[Collected, Collected], Losses]
 
@@ -76,6 +77,8 @@ class Rounds:
             before, more = known, await label(pipeline, ordered[done:end], own)
             known, done = merged([before, more]), end
             rounds.append({"queries": end})
+            if len(known.failures) == known.calls:
+                break
             if end > FIRST:
                 losses = self.judge(before, known)
                 saved = losses.before - losses.after
@@ -118,6 +121,8 @@ def judge_by_refit(
     def judge(before: Collected, known: Collected) -> Losses:
         data, earlier = data_of(known), data_of(before).groups(bundle.featurizer)
         groups = in_set_order(data.groups(bundle.featurizer))
+        if len({group.user for group in groups}) < 2:
+            return UNJUDGED
         of_llm = torch.tensor([not group.exact for group in groups])
 
         def losses(used: Sequence[LabelledGroup]) -> Tensor:
@@ -154,7 +159,7 @@ def judge_of_votes(
 ) -> Judge:
     """What votes are worth to the calibration of a scorer's held-out groups, made of `groups`."""
     if not held_out:  # there is one user alone
-        return lambda before, known: Losses(torch.full((1,), torch.nan), torch.zeros(1), [""])
+        return lambda before, known: UNJUDGED
     table = VoteTable(scorer, held_out)
     ordered = in_set_order([group for group in groups if group.voted])
     place_of = _places(ordered, table.users)
