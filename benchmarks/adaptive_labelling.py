@@ -2,7 +2,8 @@
 random part, and a part of the most uncertain queries.
 
     python benchmarks/adaptive_labelling.py DATA [--sets news_category_285 news_headline_292]
-        [--repeats 4] [--folds 5] [--out FILE] [--plot FILE]
+        [--records news_category_60 movie_rating_60] [--repeats 4] [--folds 5] [--out FILE]
+        [--plot FILE]
 
 Replays the recordings of `benchmarks/results`: no LLM call. The users of a run by folds are dealt
 anew in each repeat. Of every fold the adapter learns from labels of the other users' queries, and
@@ -16,11 +17,15 @@ and a head that have not seen the queries); the LLM's labels calibrate, and weig
 `uncertain` are the queries whose pick is least certain before the LLM is asked (labels: 1 − the
 highest probability), for texts those whose candidates the word model tells apart most: this knows
 the candidates, which a policy could not, and so is the most that such an order can give.
+
+`--records`: labels of single records, as `reranker_labels=llm` asks for, against one call for all
+records of a query that have the same answer (`labelling=adaptive`), and as many calls for records
+at random. The gain of the LLM's answer with the first record, by rerankers of these labels, in
+cross-validation over users.
 """
 
 import argparse
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,14 +35,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from reranker_labels import Case, first_gains
 
 from hydra_llm.bench.folds import evaluated_users
 from hydra_llm.bench.stats import interval, paired
 from hydra_llm.bundle import Bundle
 from hydra_llm.cli.options import GivenSettings
-from hydra_llm.config import load_settings
+from hydra_llm.config import Settings, load_settings
+from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.native import load
-from hydra_llm.llm.cache import open_recording
+from hydra_llm.llm.cache import CachedLLM, open_recording
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.select import TIE
@@ -51,6 +58,8 @@ from hydra_llm.training.labelling import (
     known_queries,
     offers_all,
     reads_labels,
+    reranker_groups,
+    training_queries,
     unasked_groups,
     weak_adapter_groups,
 )
@@ -97,7 +106,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path)
-    parser.add_argument("--sets", nargs="+", default=SETS)
+    parser.add_argument("--sets", nargs="*", default=SETS)
+    parser.add_argument("--records", nargs="*", default=())
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
@@ -111,14 +121,24 @@ def main() -> None:
         study = study_of(name, args.data, args.set)
         found[name] = measured(study, args.repeats, args.folds)
         print("\n".join(lines_of(name, found[name])), flush=True)
-        if args.out:
-            args.out.write_text(json.dumps(found, indent=1) + "\n")
+        keep(args.out, found)
+    for name in args.records:
+        found[name] = of_records(name, args.data, args.set, args.repeats)
+        print(json.dumps({name: found[name]}, indent=1), flush=True)
+        keep(args.out, found)
     if args.plot:
         plot(found, args.plot)
 
 
-def study_of(name: str, data_folder: Path, more: Sequence[str]) -> Study:
-    """The users and queries of a committed run by folds, labelled by its recording."""
+def keep(path: Path | None, found: Mapping[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def recorded(
+    name: str, folder: Path, more: Sequence[str]
+) -> tuple[Settings, DataSet, CachedLLM, dict[str, int | None]]:
+    """The settings, data and LLM of a committed run, and its numbers of users and queries."""
     commands = json.loads((RESULTS / name / "commands.json").read_text())
     options = commands["bench run"]
     given = [options[i + 1] for i, option in enumerate(options) if option == "--set"]
@@ -127,8 +147,69 @@ def study_of(name: str, data_folder: Path, more: Sequence[str]) -> Study:
         for flag in ("--users", "--limit")
     }
     settings = load_settings(**GivenSettings(set_=[*given, *more]).given())
-    data = load(data_folder / commands.get("data", name))
     llm = open_recording(RESULTS / commands.get("recording", name) / "recording.jsonl.gz")
+    return settings, load(folder / commands.get("data", name)), llm, numbers
+
+
+def of_records(name: str, folder: Path, more: Sequence[str], repeats: int) -> dict[str, Any]:
+    """Calls for labels of single records, and what rerankers of these labels are worth."""
+    settings, data, llm, _ = recorded(name, folder, more)
+    users = [user for user in data.users("train")[: settings.users] if data.history(user)]
+    users = users[: settings.labelled_users]
+    records = {user: data.answered(user) for user in users}
+    bundle = blank_bundle(data.task, llm, settings, records)
+    plain, most = bundle.personalizer(llm, rerank=False), settings.queries_per_user
+    queries = [q for user in users for q in training_queries(data.task, records[user], most)]
+    groups, calls = {}, {}
+    for way in ("all", "adaptive"):
+        chosen = settings.model_copy(update={"labelling": way})
+        collected = run_sync(partial(reranker_groups, replace(plain, settings=chosen), queries))
+        groups[way] = in_set_order(collected.groups(bundle.featurizer))
+        calls[way] = collected.calls
+    cases = [Case(group, ()) for group in groups["all"]]
+    owners = [case.group.user for case in cases]
+    gains: dict[str, list[np.ndarray]] = defaultdict(list)
+    for seed in range(repeats):
+        draw = np.random.default_rng(seed)
+        share = calls["adaptive"] / calls["all"]
+        groups["random"] = [part(group, share, draw) for group in groups["all"]]
+        for way, own in groups.items():
+            options = argparse.Namespace(folds=5, seed=seed)
+            gains[way].append(first_gains(bundle, cases, own, options))
+    calls["random"] = sum(len(group.gains) for group in groups["random"])
+    values = {way: np.mean(own, axis=0) for way, own in gains.items()}
+    values["retriever"] = np.array([case.group.gains[0] for case in cases])
+    alike = [
+        first == second
+        for one, other in zip(groups["all"], groups["adaptive"], strict=True)
+        for first, second in zip(one.gains, other.gains, strict=True)
+    ]
+    found: dict[str, Any] = {"queries": len(cases), "equal_labels": float(np.mean(alike))}
+    for way, own in values.items():
+        against = paired(own, values["all"], owners)
+        found[way] = {
+            "calls": calls.get(way, 0),
+            "gain": [float(own.mean()), *interval(own, owners)],
+            "gain_less_all": [against.difference, against.low, against.high],
+        }
+    return found
+
+
+def part(group: LabelledGroup, share: float, draw: np.random.Generator) -> LabelledGroup:
+    """The group with this share of its records, at least two, at random."""
+    size = max(2, round(share * len(group.gains)))
+    places = sorted(draw.permutation(len(group.gains))[:size])
+    return replace(
+        group,
+        rights=[group.rights[i] for i in places],
+        gains=[group.gains[i] for i in places],
+        side_features=group.side_features[places],
+    )
+
+
+def study_of(name: str, folder: Path, more: Sequence[str]) -> Study:
+    """The users and queries of a committed run by folds, labelled by its recording."""
+    settings, data, llm, numbers = recorded(name, folder, more)
     users = evaluated_users(data, numbers["--users"])
     records = {user: data.history(user) for user in users}
     bundle = blank_bundle(data.task, llm, settings, records)
@@ -286,7 +367,7 @@ def measured(study: Study, repeats: int, count: int) -> dict[str, Any]:
             own = [query for query in study.queries if query.user not in new]
             rounds = Rounds(study.judge(set(users) - new), repeat)
             label = partial(rounds.label, partial(_answered, study))
-            run_sync(partial(label, None, own))  # type: ignore[arg-type]
+            run_sync(partial(label, None, own))
             told.append(rounds.report)
             adaptive = rounds.report["queries"]
             other = in_turns(own, 1000 + repeat)
@@ -307,22 +388,21 @@ def measured(study: Study, repeats: int, count: int) -> dict[str, Any]:
         way: np.array([np.mean(own[k], axis=0) for k in every]) for way, own in per_query.items()
     }
     base = values["all"]
-    ways = {}
-    for way, own in values.items():
+    summed = {}
+    for way, seen in values.items():
         entry: dict[str, Any] = {"queries": float(np.mean(asked[way]))}
         entry["calls"] = entry["queries"] * study.calls
         for column, what in enumerate(("loss", "gain")):
-            mean = float(own[:, column].mean())
-            entry[what] = [mean, *interval(own[:, column], owners)]
-            against = paired(own[:, column], base[:, column], owners)
+            entry[what] = [float(seen[:, column].mean()), *interval(seen[:, column], owners)]
+            against = paired(seen[:, column], base[:, column], owners)
             entry[f"{what}_less_all"] = [against.difference, against.low, against.high]
-        ways[way] = entry
+        summed[way] = entry
     return {
         "users": len(users),
         "queries": len(every),
         "calls_per_query": study.calls,
         "stopped_at": sorted(entry["queries"] for entry in told),
-        "ways": ways,
+        "ways": summed,
     }
 
 
@@ -358,7 +438,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
             **dict(zip(("loss", "low", "high"), own["loss_less_all"], strict=True)),
         }
         for name, entry in found.items()
-        for way, own in entry["ways"].items()
+        for way, own in entry.get("ways", {}).items()
         if not way.startswith("a third")
     ]
     calls = alt.X("calls:Q", scale=alt.Scale(type="log"), title="LLM calls")
@@ -366,10 +446,11 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     title = "log-loss less that of all labels"
     marks = base.mark_line(point=True).encode(y=alt.Y("loss:Q", title=title))
     spans = base.mark_rule(opacity=0.4).encode(y="low:Q", y2="high:Q")
-    layered = alt.layer(marks, spans, data=alt.Data(values=points))
+    data = {"values": points}
+    layered = alt.layer(marks, spans, data=data)
     chart = layered.properties(width=220, height=180).facet(column="set:N")
     chart.resolve_scale(x="independent", y="independent").save(str(path))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
