@@ -84,7 +84,7 @@ def rounds(judge: Judge, count: int = 150, seed: int = 0) -> tuple[Rounds, Label
     return own, labeller, asked
 
 
-def test_rounds_double_until_labels_gain_no_more_than_their_error() -> None:
+def test_rounds_double_until_labels_gain_too_little() -> None:
     own, labeller, collected = rounds(saving(0.5, 0.02))
     assert [entry["queries"] for entry in own.report["rounds"]] == [FIRST, 2 * FIRST, 4 * FIRST]
     assert (own.report["queries"], own.report["left"]) == (4 * FIRST, 150 - 4 * FIRST)
@@ -99,7 +99,7 @@ def test_rounds_double_until_labels_gain_no_more_than_their_error() -> None:
 
 
 @pytest.mark.parametrize("saved", [0.5, float("nan")])
-def test_all_are_labelled_where_labels_help_or_nobody_is_held_out(saved: float) -> None:
+def test_all_are_labelled_where_nothing_says_stop(saved: float) -> None:
     own, labeller, _ = rounds(saving(saved, saved, saved))
     assert own.report["queries"] == len(labeller.asked) == 150
     assert "all 150 queries were labelled" in str(own)

@@ -122,28 +122,19 @@ async def reranker_groups(
     contexts = [personalizer.context_of(query) for query in queries]
     cases = [(context, item) for context in contexts for item in personalizer.retrieve(context)]
     alike = settings.labelling == "adaptive" and bool(personalizer.task.labels)
-
-    def asked_as(case: tuple[Context, Ranked]) -> tuple[Query, str | Record]:
-        record = case[1].record
-        return case[0].query, record.output if alike else record
-
-    asked: dict[tuple[Query, str | Record], tuple[Context, Ranked]] = {}
-    for case in cases:
-        asked.setdefault(asked_as(case), case)
+    asked_as = [(own.query, item.record.output if alike else item.record) for own, item in cases]
+    first = dict(zip(reversed(asked_as), reversed(cases), strict=True))  # the last one stays
+    asked = {key: first[key] for key in dict.fromkeys(asked_as)}
     greedy = {"samples": 1, "greedy_first": True, "candidates": "sampled"}
     once = replace(personalizer, settings=settings.model_copy(update=greedy))
 
-    async def usefulness(case: tuple[Context, Ranked]) -> tuple[float, Usage, list[str]]:
-        query, item = case[0].query, case[1]
-        prompt = once.render(query, [item])
-        sampled = await once.sample(once.llm, prompt)
-        gain = once.task.gain(sampled.candidates[0].answer, query.gold or "")
-        return gain, sampled.usage, [*prompt.notes, *sampled.notes]
-
-    distinct, limit = list(asked.values()), settings.concurrency
-    found = await map_calls(usefulness, distinct, limit=limit, progress=progress)
+    ask, distinct = partial(_usefulness, once), list(asked.values())
+    found = await map_calls(ask, distinct, limit=settings.concurrency, progress=progress)
     results = dict(zip(asked, found, strict=True))
     useful: dict[Query, list[tuple[Ranked, float]]] = {}
+    for (context, item), key in zip(cases, asked_as, strict=True):
+        if not isinstance(result := results[key], LLMError):
+            useful.setdefault(context.query, []).append((item, result[0]))
 
     def groups(featurizer: Featurizer) -> list[LabelledGroup]:
         group = partial(_reranker_group, personalizer, featurizer, voted=True)
@@ -155,14 +146,20 @@ async def reranker_groups(
             out.failures.append(f"query {context.query.id}, record {item.record.id}: {result}")
             out.usage += Usage(failed=1)
         else:
-            _, usage, notes = result
-            out.usage += usage
-            out.notes += notes
-    for case in cases:
-        result = results[asked_as(case)]
-        if not isinstance(result, LLMError):
-            useful.setdefault(case[0].query, []).append((case[1], result[0]))
+            out.usage += result[1]
+            out.notes += result[2]
     return out
+
+
+async def _usefulness(
+    once: UserPipeline, case: tuple[Context, Ranked]
+) -> tuple[float, Usage, list[str]]:
+    """The gain of the LLM's answer with this record alone, what it cost, and notes."""
+    query, item = case[0].query, case[1]
+    prompt = once.render(query, [item])
+    sampled = await once.sample(once.llm, prompt)
+    gain = once.task.gain(sampled.candidates[0].answer, query.gold or "")
+    return gain, sampled.usage, [*prompt.notes, *sampled.notes]
 
 
 def weak_reranker_groups(

@@ -78,6 +78,13 @@ class Strengths:
         )
 
 
+Keep = Callable[[Sequence[HeldOut]], object]
+
+
+def unkept(held_out: Sequence[HeldOut]) -> None:
+    """Keep nothing."""
+
+
 def fit_scorer(
     scorer: Scorer,
     data: TrainingSet,
@@ -87,20 +94,18 @@ def fit_scorer(
     strengths: Strengths = Strengths(),
     rank: int = 0,
     done: Progress | None = None,
-    keep: Callable[[Sequence[HeldOut]], object] | None = None,
+    keep: Keep = unkept,
 ) -> tuple[FitReport, UserHeads]:
     """Choose the strengths, fit base and heads of every user, calibrate, on a prepared interaction.
 
     `unseen` are the users from whom a trained interaction has not learned: only they show what
-    helps a new user. Without them the users take turns in folds, which is fair where the
-    interaction has seen no labels. Where only some groups are voted, base and heads learn from the
-    others, and the voted ones only calibrate. With a `rank` the prior of heads is learned, in so
-    many dimensions, unless an isotropic one is better for held-out users. `keep` gets the held-out
-    groups of calibration.
+    helps a new user. Without them users take turns in folds, fair where it has seen no labels.
+    Where only some groups are voted, base and heads learn from the others, and the voted ones only
+    calibrate (`keep` gets these held-out groups). With a `rank` the prior of heads is learned,
+    unless an isotropic one is better for held-out users.
     """
     plain = data.take((~data.voted).nonzero()[:, 0]) if data.partly_voted else data
-    names = plain.names()
-    report = FitReport(users=len(names), groups=len(plain))
+    report = FitReport(users=len(names := plain.names()), groups=len(plain))
     used = _folds_of(plain, [list(unseen)] if unseen else _parts(plain, seed))
     rank = rank if scorer.head.learns_prior and scorer.loss == "listwise" else 0
     fits = len(strengths.ridges) * len(_side_ridges(plain, strengths)) + 4
@@ -115,8 +120,7 @@ def fit_scorer(
     if base.folds:
         evaluate_held_out(scorer, base.held_out(plain, TrainingSet.prequential_splits), report)
         calibrate(scorer, held_out := base.held_out(data, base.calibration_splits), report)
-        if keep is not None:
-            keep(held_out)
+        keep(held_out)
     base.fit(plain)
     base.steps.finish()
     measure_posterior(scorer, plain, heads := fit_heads(scorer, plain, names))

@@ -20,7 +20,6 @@ from hydra_llm.plugins import HEADS
 from hydra_llm.side_features import Featurizer, fit_stats
 from hydra_llm.tasks.base import Task
 from hydra_llm.tasks.classification import LabelKind
-from hydra_llm.training.calibration import HeldOut
 from hydra_llm.training.convex import UserHeads, fit_heads
 from hydra_llm.training.dataset import (
     LabelledGroup,
@@ -30,7 +29,7 @@ from hydra_llm.training.dataset import (
     make_training_set,
 )
 from hydra_llm.training.sgd import TextSource, fit_unseen, held_out_users, seeded, train_jointly
-from hydra_llm.training.strengths import Strengths, cross_fitted_losses, fit_scorer
+from hydra_llm.training.strengths import Keep, Strengths, cross_fitted_losses, fit_scorer, unkept
 
 OWN_RANK = 64  # principal directions of which a user has numbers of their own
 GROUPS_OF_FULL_WIDTH = 1000  # for each column of codes, that features have full width
@@ -64,11 +63,9 @@ def train_scorer(
     checkpoint: Path | None = None,
     progress: StageProgress = silent,
     strengths: Strengths = Strengths(),
-    keep: Callable[[Sequence[HeldOut]], object] | None = None,
+    keep: Keep = unkept,
 ) -> Bundle:
-    """The bundle with one more scorer; with `tune` the bundle's own encoder is trained too. `keep`
-    gets the held-out groups of calibration (convex heads).
-    """
+    """The bundle with one more scorer; `tune` trains its encoder too; `keep` as in `fit_scorer`."""
     name, config = data.name, sgd_config(bundle.settings)
     groups = data.groups(bundle.featurizer)
     scorer = _blank_scorer(bundle, data, groups)
