@@ -89,8 +89,8 @@ class Rounds:
         if progress is not None:
             progress(done, done)
         left, calls = len(ordered) - done, known.usage.calls + known.usage.cached
-        saved = round(left * calls / max(1, done))
-        self.report = {"queries": done, "left": left, "rounds": rounds, "saved_calls": saved}
+        of_left = round(left * calls / max(1, done))
+        self.report = {"queries": done, "left": left, "rounds": rounds, "saved_calls": of_left}
         return known
 
     def __str__(self) -> str:
