@@ -28,6 +28,7 @@ from hydra_llm.llm.registry import open_llm
 from hydra_llm.model.encoder import open_encoder
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.persistence import check_place
+from hydra_llm.plugins import HEADS
 from hydra_llm.side_features import fit_stats, texts_of_stats
 from hydra_llm.tasks.base import Task
 from hydra_llm.training.encode import STAGE, encode_ahead, encode_histories
@@ -170,6 +171,11 @@ def _opened(
         raise SettingsError(f"tune_encoder needs features=cross: {fault}")
     if chosen.tune_encoder and chosen.encoder_precision not in ("auto", "fp32"):
         raise SettingsError(f"tune_encoder needs fp32, not {chosen.encoder_precision}")
+    if chosen.labelling == "adaptive" and (
+        chosen.tune_encoder or not HEADS.load(chosen.head).convex
+    ):
+        fault = "each round fits the scorer anew, which needs a convex head and a frozen encoder"
+        raise SettingsError(f"labelling=adaptive: {fault}; take labelling=all")
     data = dataset if isinstance(dataset, DataSet) else load(dataset)
     model = open_llm(llm, chosen) if isinstance(llm, str) else llm
     return chosen, data, model
