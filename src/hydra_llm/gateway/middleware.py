@@ -4,6 +4,7 @@ import hashlib
 import ipaddress
 import math
 import string
+import threading
 import time
 import traceback
 from collections.abc import Callable, Collection
@@ -26,6 +27,7 @@ from hydra_llm.gateway.messages import error_body
 from hydra_llm.gateway.schemas import ApiError, Json
 from hydra_llm.gateway.spend import Bill, paying
 from hydra_llm.gateway.telemetry import log
+from hydra_llm.store.store import Store
 
 OPEN_PATHS = ("/health/", "/metrics", "/docs", "/openapi.json")  # need no key
 UPSTREAM_PATHS = (
@@ -35,6 +37,7 @@ UPSTREAM_PATHS = (
 MCP_PATH = "/mcp"
 DASHBOARD = "/ui"  # has sessions in place of keys (ui/session.py)
 KNOWN_SECONDS = 300.0  # how long a caller is known while the store is down
+TAKEN_SECONDS = 1.0  # how long requests that were taken from the store's bucket may be used
 KNOWN_CALLERS, LIMITED_KEYS = 10_000, 100_000  # cache sizes; the oldest go first
 ERRORS = (ApiError, HydraError, RequestValidationError, HTTPException)
 """What routes raise on purpose, for `error_response`."""
@@ -54,7 +57,7 @@ class AccessMiddleware:
     def __init__(self, app: ASGIApp, *, gateway: Gateway, access: Access):
         self._app, self._gateway, self._telemetry = app, gateway, gateway.telemetry
         self._find = partial(caller_of, gateway.store, access=access)
-        self._rates = RateLimiter(gateway.settings.requests_per_minute)
+        self._rates = RateLimiter(gateway.store, gateway.settings.requests_per_minute)
         self._known_callers: TTLCache[bytes, Caller] = TTLCache(KNOWN_CALLERS, KNOWN_SECONDS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -144,8 +147,15 @@ class AccessMiddleware:
         keyless = caller in (WITHOUT_KEYS, UNVERIFIED)
         if keyless or get_route_path(scope) == MCP_PATH:
             check_origin(scope, self._gateway.settings.cors_origins, keyless)
-        self._rates.check(caller.key)
+        await self._check_rate(caller.key)
         scope.setdefault("state", {})["caller"] = caller
+
+    async def _check_rate(self, key: str) -> None:
+        if not self._rates.passes(key):
+            try:
+                await self._gateway.reads.read(partial(self._rates.check, key))
+            except StoreError as error:  # without the store nothing is refused
+                self._telemetry.failed("rates", error)
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
         most, seen = self._gateway.settings.max_body_bytes, 0
@@ -215,24 +225,41 @@ def is_local(url: str) -> bool:
 
 
 class RateLimiter:
-    """A limit of requests per minute for each key: a token bucket."""
+    """A limit of requests per minute for each key: a token bucket in the store, from which a server
+    takes what fills in a second at once. What it does not use in a second is lost.
+    """
 
-    def __init__(self, per_minute: int | None, clock: Callable[[], float] = time.monotonic):
-        self._per_minute, self._clock = per_minute, clock
-        self._left: LRUCache[str, tuple[float, float]] = LRUCache(LIMITED_KEYS)
+    def __init__(
+        self, store: Store, per_minute: int | None, clock: Callable[[], float] = time.time
+    ):
+        self._store, self._per_minute, self._clock = store, per_minute, clock
+        self._taken: LRUCache[str, tuple[int, float]] = LRUCache(LIMITED_KEYS)  # and until when
+        self._lock = threading.Lock()
+
+    def passes(self, key: str) -> bool:
+        """Count a request, if that needs no store; else it has to `check`."""
+        if self._per_minute is None:
+            return True
+        with self._lock:
+            left, until = self._taken.get(key, (0, 0.0))
+            passes = left > 0 and self._clock() < until
+            if passes:
+                self._taken[key] = left - 1, until
+        return passes
 
     def check(self, key: str) -> None:
-        """Count a request; raises `ApiError` 429 where there are too many."""
-        if self._per_minute is None:
+        """Count a request; raises `ApiError` 429 where there are too many. Blocks."""
+        if self._per_minute is None or self.passes(key):
             return
-        now = self._clock()
-        left, since = self._left.get(key, (float(self._per_minute), now))
-        left = min(float(self._per_minute), left + (now - since) * self._per_minute / 60)
-        self._left[key] = (left - 1 if left >= 1 else left, now)
-        if left < 1:
-            wait = {"retry-after": str(math.ceil((1 - left) * 60 / self._per_minute))}
+        now, count = self._clock(), max(1, self._per_minute // 60)
+        taken, wait = self._store.take_requests(key, self._per_minute, count, now)
+        if not taken:
+            headers = {"retry-after": str(math.ceil(wait))}
             message = f"more than {self._per_minute} requests a minute"
-            raise ApiError(429, message, code="rate_limit_exceeded", headers=wait)
+            raise ApiError(429, message, code="rate_limit_exceeded", headers=headers)
+        with self._lock:
+            left, until = self._taken.get(key, (0, 0.0))
+            self._taken[key] = (left if now < until else 0) + taken - 1, now + TAKEN_SECONDS
 
 
 async def error_response(http: Request, error: Exception) -> Json:

@@ -125,7 +125,7 @@ class ServeSettings(config.Group):
     max_text: int = Field(default=100_000, ge=1)
     """Max characters of a record's input or output."""
     requests_per_minute: int | None = Field(default=None, ge=1)
-    """Rate limit per key and server process; None is no limit."""
+    """Rate limit per key, of all servers of the store together; None is no limit."""
     key_limits: str = ""
     """What each key may spend: 5/day, 100/month (money), 20000 tokens/minute; of all servers."""
     user_limits: str = ""

@@ -39,7 +39,7 @@ class Sessions:
         self._store, self._access = store, access
         self.seconds = settings.session_hours * HOUR
         self._secret = _mac(store.salt(), "dashboard")  # the salt itself is for pseudonyms
-        self._rates = RateLimiter(settings.requests_per_minute)
+        self._rates = RateLimiter(store, settings.requests_per_minute)
 
     # ---- what the browser holds
 
