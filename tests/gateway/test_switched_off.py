@@ -81,7 +81,9 @@ async def test_nothing_that_is_off_is_learned_or_used(
     other.close()
     assert one[1] == two[1]
     assert all(answer.headers["x-hydra-personalized"] == "true" for answer in (one[0], two[0]))
-    assert off == without
+    # Before the next fit a deletion does not take other feedback up again, as the switch does.
+    begin = 0 if of_feedback else 1
+    assert off[begin:] == without[begin:]
 
 
 async def test_a_record_is_found_again_when_it_is_on(either: Store) -> None:
