@@ -687,6 +687,7 @@ ENDPOINTS = [
     ("GET", "/v1/spend?user={user}&by=day,model", None),
     ("GET", "/v1/users/{user}", None),
     ("GET", "/v1/users/{user}/records", None),
+    ("PUT", "/v1/users/{user}/records/r1/personalization", {"enabled": False}),
     ("DELETE", "/v1/users/{user}/records/r1", None),
     ("POST", "/v1/feedback", {"request_id": "req_{user}", "rejected": True}),
     ("POST", "/v1/users/{user}/fit", None),

@@ -24,6 +24,7 @@ from hydra_llm.gateway import (
     mcp_routes,
     message_routes,
     openai_routes,
+    record_routes,
     response_routes,
     spend_routes,
     user_routes,
@@ -86,8 +87,8 @@ def make_app(
     app.state.worker = Worker(store, lambda: gateway.deployment, llm, ledger)
     app.state.embedder = Embedder()
     _add_dashboard(app, gateway, access or Access())
-    routes = (openai_routes, response_routes, message_routes, user_routes, admin_routes)
-    for module in (*routes, spend_routes, mcp_routes, health, forward):  # the last takes the rest
+    about_users = (record_routes, user_routes, admin_routes, spend_routes, mcp_routes, health)
+    for module in (openai_routes, response_routes, message_routes, *about_users, forward):
         app.include_router(module.router)
     for kind in ERRORS:
         app.add_exception_handler(kind, error_response)

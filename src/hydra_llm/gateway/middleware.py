@@ -58,6 +58,8 @@ class AccessMiddleware:
         self._app, self._gateway, self._telemetry = app, gateway, gateway.telemetry
         self._find = partial(caller_of, gateway.store, access=access)
         self._rates = RateLimiter(gateway.store, gateway.settings.requests_per_minute)
+        most = gateway.settings.wrong_keys_per_minute
+        self._wrong_keys = WrongKeys(most)
         self._known_callers: TTLCache[bytes, Caller] = TTLCache(KNOWN_CALLERS, KNOWN_SECONDS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -143,6 +145,8 @@ class AccessMiddleware:
                 raise StoreError("it is unknown whether a key is needed by now") from None
         except ApiError:
             self._known_callers.pop(digest, None)
+            if authorization:  # a right key still passes: its client may share the address
+                self._wrong_keys.check(address_of(scope))
             raise
         keyless = caller in (WITHOUT_KEYS, UNVERIFIED)
         if keyless or get_route_path(scope) == MCP_PATH:
@@ -162,7 +166,9 @@ class AccessMiddleware:
         too_large = f"the body has more than {most} bytes"
         length = dict(scope["headers"]).get(b"content-length", b"")
         if length.isdigit() and int(length) > most:
-            raise ApiError(413, too_large, code="body_too_large")
+            if not self._is_open(get_route_path(scope)):
+                raise ApiError(413, too_large, code="body_too_large")
+            seen = most  # the route that reads it says so: a page, if it is one
 
         async def counted() -> Message:
             nonlocal seen
@@ -224,6 +230,22 @@ def is_local(url: str) -> bool:
     return False
 
 
+def address_of(scope: Scope) -> str:
+    """Whose wrong keys are counted together: the client's address, behind a `proxy` the one that it
+    tells; of IPv6 the network, of which one client may have all addresses.
+    """
+    client = scope.get("client")
+    try:
+        address = ipaddress.ip_address(client[0].partition("%")[0] if client else "")
+    except ValueError:
+        return ""
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is None:
+            return str(ipaddress.ip_network((address, 64), strict=False))
+        address = address.ipv4_mapped
+    return str(address)
+
+
 class RateLimiter:
     """A limit of requests per minute for each key: a token bucket in the store, from which a server
     takes what fills in a second at once. What it does not use in a second is lost.
@@ -260,6 +282,32 @@ class RateLimiter:
         with self._lock:
             left, until = self._taken.get(key, (0, 0.0))
             self._taken[key] = (left if now < until else 0) + taken - 1, now + TAKEN_SECONDS
+
+
+class WrongKeys:
+    """A limit per minute of wrong keys for each address, counted by this process alone: a token
+    bucket. Any thread may call.
+    """
+
+    def __init__(self, per_minute: int | None, clock: Callable[[], float] = time.monotonic):
+        self._per_minute, self._clock = per_minute, clock
+        self._left: LRUCache[str, tuple[float, float]] = LRUCache(LIMITED_KEYS)
+        self._lock = threading.Lock()
+
+    def check(self, address: str, *, count: bool = True) -> None:
+        """Count a wrong key, unless not `count`; `ApiError` 429 where there were too many."""
+        if self._per_minute is None:
+            return
+        now = self._clock()
+        with self._lock:
+            left, since = self._left.get(address, (float(self._per_minute), now))
+            left = min(float(self._per_minute), left + (now - since) * self._per_minute / 60)
+            if count:
+                self._left[address] = (left - 1 if left >= 1 else left, now)
+        if left < 1:
+            wait = {"retry-after": str(math.ceil((1 - left) * 60 / self._per_minute))}
+            message = f"more than {self._per_minute} wrong keys a minute"
+            raise ApiError(429, message, code="rate_limit_exceeded", headers=wait)
 
 
 async def error_response(http: Request, error: Exception) -> Json:

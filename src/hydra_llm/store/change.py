@@ -65,6 +65,11 @@ class UserChange:
         unchanged = len(sent) - len(new) - len(changed)
         return Added(len(new), len(changed), unchanged, tuple(before))
 
+    def unknown(self, ids: Iterable[str]) -> set[str]:
+        """Those of the ids that no record of the user has."""
+        wanted = set(ids)
+        return wanted - self._known(wanted).keys()
+
     def count_with(self, records: Sequence[Record]) -> int:
         """How many records the user would have with these."""
         rows = sa.select(sa.func.count()).where(schema.records.c.user == self._key)
@@ -77,6 +82,21 @@ class UserChange:
         own = sa.update(users).where(users.c.key == self._key)
         self._execute(own.values(off=off))
         self.changed = True
+
+    def switch_record(self, id: str, *, off: bool) -> bool | None:
+        """Whether answers and fits may not use a record; False if it is so already, None if there
+        is no such id. Off: heads are forgotten, and its feedback moves none until it is on again.
+        """
+        table = schema.records
+        own = (table.c.user == self._key) & (table.c.id == id)
+        was = self._execute(sa.select(table.c.off).where(own)).scalar_one_or_none()
+        if was is None or was == off:
+            return None if was is None else False
+        self._execute(sa.update(table).where(own).values(off=off))
+        if off:
+            self.forget_heads()
+        self.changed = True
+        return True
 
     def forget_heads(self) -> None:
         """Delete the user's heads, so that no feedback counts as learned."""
@@ -98,6 +118,12 @@ class UserChange:
                 self._delete(schema.feedback, schema.feedback.c.request == request)
                 self._delete(schema.requests, schema.requests.c.id == request)
         return removed
+
+    def forget_feedback(self, ids: Iterable[str]) -> None:
+        """Delete the feedback of which these records were made: they say something else now."""
+        requests = [id.removeprefix(FEEDBACK_ID) for id in ids if id.startswith(FEEDBACK_ID)]
+        for part in in_parts(requests):
+            self._delete(schema.feedback, schema.feedback.c.request.in_(part))
 
     def put_heads(self, bundle: str, heads: Mapping[str, StoredHead]) -> None:
         """Keep the user's heads for a bundle, by scorer, in place of older ones."""
