@@ -24,6 +24,7 @@ from hydra_llm.config import load_settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.gateway.auth import make_key
 from hydra_llm.gateway.batching import Overloaded
+from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.upstream import UpstreamError, learn_samples, usage_of
 from hydra_llm.gateway.user_cache import texts_of
 from hydra_llm.llm.endpoint import Capabilities, CapabilityCache, Endpoint
@@ -907,6 +908,26 @@ async def test_a_history_never_encoded_is_prefetched_at_first_answer(
             raise AssertionError("the history is never warm")
 
 
+@pytest.mark.parametrize(("gate", "encoded"), [("off", 0), ("always", 1)])
+async def test_a_first_request_encodes_its_question_if_something_compares_it(
+    store: Store,
+    bundles: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    gate: str,
+    encoded: int,
+) -> None:
+    monkeypatch.setenv("HYDRA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Deployment, "prefetch", lambda self, user: None)
+    many = [Record("ada", f"r{i}", f"storm number {i} of the sea", "calm") for i in range(60)]
+    store.add_records("ada", many)
+    async with running(store, bundles["tags"], warm=False, gate=gate) as world:
+        deployment = world.app.state.gateway.deployment
+        compares = deployment.pipeline.gate.reads_vectors
+        await world.ask(QUESTION)
+        assert deployment.features.misses == encoded * compares
+
+
 async def test_a_deletion_amid_the_warming_leaves_no_features(
     store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -1050,12 +1071,12 @@ async def test_samples_that_are_refused_are_asked_for_otherwise(
         assert not any("n" in body for body in world.upstream.bodies)
 
 
-def test_a_steady_caller_is_not_starved() -> None:
+def test_a_steady_caller_is_not_starved(store: Store) -> None:
     from hydra_llm.gateway.middleware import RateLimiter
     from hydra_llm.gateway.schemas import ApiError
 
     now = 0.0
-    rates, let_in, waits = RateLimiter(60, clock=lambda: now), 0, set()
+    rates, let_in, waits = RateLimiter(store, 60, clock=lambda: now), 0, set()
     for _ in range(600):  # two a second for five minutes, where one is allowed
         now += 0.5
         try:

@@ -8,7 +8,7 @@ import pytest
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from hydra_llm.gateway.auth import make_key
-from hydra_llm.gateway.middleware import LIMITED_KEYS, RateLimiter, address_of
+from hydra_llm.gateway.middleware import LIMITED_KEYS, WrongKeys, address_of
 from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.store.store import Store
@@ -103,7 +103,7 @@ async def test_there_may_be_no_limit(store: Store) -> None:
 
 def test_attempts_come_back_and_memory_is_bounded() -> None:
     now = [time.monotonic()]
-    limit = RateLimiter(2, clock=lambda: now[0], what="wrong keys")
+    limit = WrongKeys(2, clock=lambda: now[0])
     for _ in range(2):
         limit.check("a")
     for _ in range(3):

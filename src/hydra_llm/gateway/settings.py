@@ -12,6 +12,7 @@ from hydra_llm import config
 from hydra_llm.config import SERVE_TABLE
 from hydra_llm.errors import SettingsError
 from hydra_llm.plugins import RETRIEVERS
+from hydra_llm.setting_names import Names
 
 RENAMED: Mapping[str, str] = {
     "candidates": "samples",
@@ -126,7 +127,7 @@ class ServeSettings(config.Group):
     wrong_keys_per_minute: int | None = Field(default=20, ge=1)
     """Wrong keys an address may send per minute and server process, then 429; None is no limit."""
     requests_per_minute: int | None = Field(default=None, ge=1)
-    """Rate limit per key and server process; None is no limit."""
+    """Rate limit per key, of all servers of the store together; None is no limit."""
     key_limits: str = ""
     """What each key may spend: 5/day, 100/month (money), 20000 tokens/minute; of all servers."""
     user_limits: str = ""
@@ -213,7 +214,7 @@ class ServeSettings(config.Group):
         return NAMES.flat({SERVE_TABLE: values}) if isinstance(values, Mapping) else values
 
 
-NAMES = config.Names(dict.fromkeys(ServeSettings.model_fields, SERVE_TABLE), RENAMED)
+NAMES = Names(dict.fromkeys(ServeSettings.model_fields, SERVE_TABLE), RENAMED)
 VARIABLES: Mapping[str, str] = {
     f"HYDRA_SERVE_{name.upper()}": RENAMED.get(name, name)
     for name in (*RENAMED, *ServeSettings.model_fields)

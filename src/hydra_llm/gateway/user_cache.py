@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 READS_AT_ONCE = 40
 BACKOFF_SECONDS = 2.0  # how long reads fail at once after one has timed out
+LOOK_FIRST = 64  # texts that are looked up before all others
 MAX_MISSING = 24  # texts that a request may wait for: a few new records, not a whole history
 
 
@@ -106,12 +107,20 @@ class UserCache:
                 self._recent[name] = user
         return user
 
-    def drop(self, name: str) -> None:
-        """Forget a user."""
+    def stale(self) -> list[UserSnapshot]:
+        """Those in memory who are not so in the store any more."""
+        with self._lock:
+            held = list(self._recent.values())
+        versions = self._store.versions([user.name for user in held])
+        return [user for user in held if versions.get(user.name) != user.version]
+
+    def drop(self, *names: str) -> None:
+        """Forget users."""
         with self._lock:
             self._dropped += 1
-            self._recent.pop(name, None)
-            self._encoded.pop(name, None)
+            for name in names:
+                self._recent.pop(name, None)
+                self._encoded.pop(name, None)
 
     def is_warm(self, user: UserSnapshot, records: Sequence[Record]) -> bool:
         """Whether these records have been encoded, so that scoring need not wait for that."""
@@ -120,7 +129,9 @@ class UserCache:
         with self._lock:
             if self._encoded.get(user.name) == user.version:
                 return True
-        if self._features.missing(texts_of(records)) > MAX_MISSING:
+        texts = texts_of(records)
+        # Of a history that was never encoded the latest records tell that already.
+        if any(self._features.missing(part) > MAX_MISSING for part in (texts[-LOOK_FIRST:], texts)):
             return False
         with self._lock:
             self._encoded[user.name] = user.version

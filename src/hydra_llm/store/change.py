@@ -28,14 +28,16 @@ class NoSuchUser(StoreError):
 
 
 class UserChange:
-    """A user inside a transaction. `changed`: whether anything that answers depend on has."""
+    """A user inside a transaction. `changed`: whether anything that answers depend on has;
+    `removed`: whether something is gone that servers may have in memory.
+    """
 
     def __init__(self, connection: Connection, user: Any, name: str):
         """`user`: the locked row, or None; then raises NoSuchUser."""
         if user is None:
             raise NoSuchUser("no such user")
         self._execute, self._key, self.name = connection.execute, user.key, name
-        self.changed = False
+        self.changed = self.removed = False
 
     def add(self, records: Sequence[Record]) -> Added:
         """Add records, or replace those with a known id; of several with one id the last counts."""
@@ -58,6 +60,7 @@ class UserChange:
         for id in changed:
             self._execute(sa.update(table).where(own, table.c.id == id).values(_content(sent[id])))
         self.changed |= bool(new or changed)
+        self.removed |= bool(changed)
         before = [Record(self.name, id, known[id]["input"], known[id]["output"]) for id in changed]
         unchanged = len(sent) - len(new) - len(changed)
         return Added(len(new), len(changed), unchanged, tuple(before))
@@ -100,7 +103,7 @@ class UserChange:
         self._delete(schema.heads)
         table = schema.feedback
         self._execute(sa.update(table).where(table.c.user == self._key).values(folded=False))
-        self.changed = True
+        self.changed = self.removed = True
 
     def remove(self, id: str, *, keep_feedback: bool = False) -> bool:
         """Delete a record, what it was made from unless `keep_feedback`, and the heads; False if
@@ -108,7 +111,7 @@ class UserChange:
         """
         removed = self._delete(schema.records, schema.records.c.id == id)
         if removed:
-            self.changed = True
+            self.changed = self.removed = True
             self._delete(schema.heads)
             if id.startswith(FEEDBACK_ID) and not keep_feedback:  # it would bring the record back
                 request = id.removeprefix(FEEDBACK_ID)

@@ -22,9 +22,19 @@ from hydra_llm.store import migrate, schema
 from hydra_llm.store.change import FEEDBACK_ID, UserChange, check_version, known_or_new, locked_user
 from hydra_llm.store.database import in_parts, insert_new, one_line_errors
 from hydra_llm.store.pages import Pages, with_names
+from hydra_llm.store.removals import WATCHED, tell_removal
 from hydra_llm.store.sessions import Sessions
 from hydra_llm.store.spend import Spending, forget_spender
-from hydra_llm.store.values import Added, Job, Key, Request, StoredFeedback, StoredHead, UserState
+from hydra_llm.store.values import (
+    Added,
+    Job,
+    Key,
+    Request,
+    StoredFeedback,
+    StoredHead,
+    UserState,
+    Watched,
+)
 from hydra_llm.types import ARROW, UNREADABLE, Record, Span, as_one_text
 
 
@@ -49,6 +59,13 @@ class Store(Spending, Pages, Sessions):
         bundle = sa.select(serving.value).where(serving.name == "bundle")
         rows = self.rows(sa.select(version.scalar_subquery(), bundle.scalar_subquery()))
         return UserState(*rows[0])
+
+    def versions(self, names: Sequence[str]) -> dict[str, int]:
+        """The version of each of these users that is there."""
+        users = schema.users.c
+        query = sa.select(users.name, users.version)
+        parts = (self.rows(query.where(users.name.in_(part))) for part in in_parts(names))
+        return {row.name: row.version for rows in parts for row in rows}
 
     def is_off(self, name: str) -> bool:
         """Whether the user wants no personal answers; the version grows when that changes."""
@@ -109,6 +126,8 @@ class Store(Spending, Pages, Sessions):
             if change.changed:
                 own = sa.update(users).where(users.c.key == user.key)
                 connection.execute(own.values(version=users.c.version + 1))
+            if change.removed:
+                tell_removal(connection)
 
     def add_records(self, name: str, records: Sequence[Record]) -> Added:
         """Add records, and the user if unknown; the same records again change nothing."""
@@ -139,6 +158,7 @@ class Store(Spending, Pages, Sessions):
                 rows = sa.delete(table).where(table.c.user == user.key)
                 counts[table.name] = connection.execute(rows).rowcount
             connection.execute(sa.delete(schema.users).where(schema.users.c.key == user.key))
+            tell_removal(connection)
         return counts
 
     def export_user(self, name: str) -> dict[str, Any] | None:
@@ -331,6 +351,13 @@ class Store(Spending, Pages, Sessions):
     def bundle(self) -> str | None:
         """The bundle that all servers use; None if none was set."""
         return self._shared("bundle")
+
+    def watched(self) -> Watched:
+        """What every server looks at all the time, in one statement."""
+        table = schema.serving.c
+        rows = self.rows(sa.select(table.name, table.value).where(table.name.in_(WATCHED)))
+        values = {row.name: row.value for row in rows}
+        return Watched(*map(values.get, WATCHED))
 
     def salt(self) -> str:
         """What names are hashed with; drawn at the first call."""

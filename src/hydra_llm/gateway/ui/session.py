@@ -13,7 +13,7 @@ from typing import Any, Literal
 from fastapi import Request, Response
 
 from hydra_llm.gateway.auth import ADMIN, WITHOUT_KEYS, Access, Caller, caller_of, caller_with
-from hydra_llm.gateway.middleware import DASHBOARD, RateLimiter, address_of, check_origin
+from hydra_llm.gateway.middleware import DASHBOARD, RateLimiter, WrongKeys, address_of, check_origin
 from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.store.store import Store
@@ -39,8 +39,8 @@ class Sessions:
         self._store, self._access = store, access
         self.seconds = settings.session_hours * HOUR
         self._secret = _mac(store.salt(), "dashboard")  # the salt itself is for pseudonyms
-        self._rates = RateLimiter(settings.requests_per_minute)
-        self._wrong_keys = RateLimiter(settings.wrong_keys_per_minute, what="wrong keys")
+        self._rates = RateLimiter(store, settings.requests_per_minute)
+        self._wrong_keys = WrongKeys(settings.wrong_keys_per_minute)
 
     # ---- what the browser holds
 
