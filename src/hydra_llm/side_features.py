@@ -170,6 +170,12 @@ def _recency(records: Sequence[Record]) -> Floats:
     return np.array([place.get(id(record), 0.5) for record in records])
 
 
+def texts_of_stats(histories: Sequence[Sequence[Record]]) -> list[str]:
+    """The texts that `fit_stats` compares."""
+    latest = (history[-STATS_RECORDS:] for history in histories[:STATS_USERS])
+    return [record.input for history in latest for record in history]
+
+
 def fit_stats(
     task: Task, features: FeatureCache, histories: Sequence[Sequence[Record]]
 ) -> CohortStats:
@@ -178,7 +184,7 @@ def fit_stats(
     """
     nearest: list[float] = []
     for history in histories[:STATS_USERS]:
-        vectors = features.texts([record.input for record in history[-STATS_RECORDS:]])
+        vectors = features.texts(texts_of_stats([history]))
         if len(vectors) >= 2:
             cosine = np.sort(vectors @ vectors.T, axis=1)[:, :-1]  # the last is the record itself
             nearest.append(float(cosine[:, -max(1, cosine.shape[1] // 10) :].mean()))
