@@ -177,6 +177,10 @@ class Research(Group):
     """Pooling of the encoder's token vectors: their mean, or the first one (cls)."""
     max_length: int = Field(default=256, ge=8)
     """Max tokens per encoded text; longer texts are truncated."""
+    encoder_precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """Numbers that the encoder computes with; auto: as the bundle was learned, fp32 for a new one.
+    `ask` and `bench run --bundle` may take another one; `fit` and `serve` may not.
+    """
     features: Literal["tower", "cross"] = "tower"
     """tower: bi-encoder, texts encoded alone; cross: cross-encoder on pairs, as in the paper."""
     rank: int = Field(default=16, ge=1)
@@ -207,6 +211,8 @@ class Research(Group):
     """Labelled of training users: latest records, known queries, or queries first, then records."""
     label_order: Literal["auto", "reranker", "retriever"] = "auto"
     """Order of records in prompts of labelled candidates; auto: retriever's in runs with folds."""
+    labelling: Literal["all", "adaptive"] = "all"
+    """adaptive: queries are labelled in rounds until that does not help; of equal answers one."""
     choose: Literal["given", "auto"] = "given"
     """auto: k, temperature and number of samples by training users' queries; given: as set."""
     label_rule: Literal["above-mean", "graded", "gold-positive"] = "graded"
@@ -262,6 +268,13 @@ class Settings(Research, Selection, Training, Model, LLM, Retrieval):
         return NAMES.flat(values) if isinstance(values, Mapping) else values
 
     @property
+    def of_encoder(self) -> dict[str, Any]:
+        """How `open_encoder` opens the encoder of a new bundle."""
+        precision = self.encoder_precision
+        chosen = "fp32" if precision == "auto" else precision
+        return {"pooling": self.pooling, "max_length": self.max_length, "precision": chosen}
+
+    @property
     def training_seed(self) -> int:
         """The seed of folds and training."""
         return self.seed if self.fit_seed is None else self.fit_seed
@@ -276,12 +289,10 @@ LOCAL = frozenset(LLM.model_fields) - {"max_tokens", "samples", "temperature", "
 """Settings that a bundle does not carry: they belong to the machine and the run."""
 
 CHANGEABLE = {"prompt_style", "greedy_first", "parsing", "rerank", "vote_share", "ask"}
-CHANGEABLE |= {"candidate_prompts"}
+CHANGEABLE |= {"candidate_prompts", "encoder_precision"}
 _LEARNED = {"users", "labelled_users", *Model.model_fields, *Research.model_fields}
 FIXED = frozenset(_LEARNED - CHANGEABLE)
-"""Settings that are fixed when a bundle is learned: features, scorers, heads and their training.
-`fit`, `ask` and `bench run` may change the others: LLM calls and the selection of answers.
-"""
+"""Fixed when a bundle is learned. `fit`, `ask`, `bench run` may change LLM calls and selection."""
 
 
 def load_settings(preset: str | None = None, file: Path | None = None, **given: Any) -> Settings:

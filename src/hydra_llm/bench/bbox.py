@@ -39,7 +39,7 @@ from hydra_llm.select import Selection, Selector, all_labels, candidate_text, fi
 from hydra_llm.tasks.base import Task
 from hydra_llm.training.labelling import Asked, reads_labels, training_queries
 from hydra_llm.training.train_scorer import make_features
-from hydra_llm.types import Answer, Candidate, Proposal, Query, StageCost, Usage
+from hydra_llm.types import Answer, Candidate, Overlaid, Proposal, Query, StageCost, Usage
 
 ROUNDS = 3  # T, for the shared energy, then for each user's copy (paper 4.6; the authors' value)
 STEPS = 50  # updates in a round, each on all pools, as frozen features make them cheap
@@ -164,7 +164,7 @@ class BBoxAdapter:
 
     def __init__(self, parts: Parts):
         self.bundle, self.seed = parts.bundle, parts.seed
-        records = {**parts.bundle.records, **parts.records}
+        records = Overlaid(parts.records, parts.bundle.records)
         proposing = parts.personalizer(rerank=True, candidates="sampled")
         self.pipeline = replace(proposing, records=records, beside=())
         self.asked = parts.asked

@@ -31,7 +31,7 @@ from hydra_llm.training import labelling
 from hydra_llm.training.api import blank_bundle
 from hydra_llm.training.choosing import choose_sampling, judged, some_of_each
 from hydra_llm.training.labelling import Asked
-from hydra_llm.types import Generation, Message, Query, Ranked, Usage
+from hydra_llm.types import Generation, Message, Overlaid, Query, Ranked, Usage
 
 SAMPLE, ENCODED = 5, 64  # calls that are made, and texts that are encoded, to measure them
 
@@ -197,7 +197,7 @@ async def _go_through(experiment: Experiment, llm: DryRunLLM) -> tuple[int, floa
         bundle = replace(blank, trained_on=tuple(training))
     else:
         methods = usable_methods(methods, [bundle], lambda line: None)
-    visible = {**bundle.records, **{user: data.history(user) for user in new}}
+    visible = Overlaid({user: data.history(user) for user in new}, bundle.records)
     parts = experiment.parts(UnlearnedParts(bundle, llm, settings, visible))
     if experiment.learns and not is_none(experiment.llm):
         labelled = labelling.asked_about(data, settings, training[: settings.labelled_users])

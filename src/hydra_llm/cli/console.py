@@ -1,5 +1,6 @@
 """Output of commands: results on stdout, progress on stderr."""
 
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -21,14 +22,17 @@ QUIET_SECONDS = 10.0
 
 def emit(data: Any, as_json: bool = False) -> None:
     """Print a result as JSON (NaN is null), or as text, a table of rows, or `name: value` lines."""
-    from pydantic_core import to_json, to_jsonable_python
+    from pydantic_core import PydanticSerializationError, to_json, to_jsonable_python
 
+    options: Any = {"inf_nan_mode": "null", "fallback": _builtin}
     if as_json:
         unicode = "utf" in (sys.stdout.encoding or "utf-8").lower()
-        options: Any = {"inf_nan_mode": "null", "fallback": _builtin}
-        print(to_json(data, indent=2, ensure_ascii=not unicode, **options).decode())
+        try:
+            print(to_json(data, indent=2, ensure_ascii=not unicode, **options).decode())
+        except PydanticSerializationError:  # half of a surrogate pair, which it cannot escape
+            print(json.dumps(to_jsonable_python(data, **options), indent=2))
         return
-    match to_jsonable_python(data, inf_nan_mode="null", fallback=_builtin):
+    match to_jsonable_python(data, **options):
         case str(text):
             print(text)
         case dict(values):

@@ -52,6 +52,8 @@ class ServeSettings(config.Group):
     """Samples later than this many seconds are dropped, once any answer has arrived."""
     upstream_timeout: float = Field(default=600.0, gt=0)
     """Read timeout of the upstream LLM, in seconds."""
+    stream_usage: bool = False
+    """Ask the upstream for the tokens of streams too, where the caller does not; few refuse it."""
     personalization: bool = True
     """Add the object `personalization` to replies."""
 
