@@ -117,9 +117,7 @@ class Pace:
     _base: tuple[int, float] | None = None  # a limit, and the mean seconds of its answers
     _before: tuple[int, float] | None = None  # the same, before it was halved for its latency
     _refused: int = 0  # the limit at which the endpoint had too much to do last, 0: none yet
-    _holds: int = (
-        1  # rounds before that limit is tried again, doubled each time it is refused again
-    )
+    _holds: int = 1  # rounds before that limit is tried again: doubled where it is refused again
     _held: int = 0
     _overloads: int = 0  # in a row
 
