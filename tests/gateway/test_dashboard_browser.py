@@ -43,10 +43,7 @@ HOSTILE = (
 )
 OF_USER = ("/user", "/records", "/records?q=storm", "/records/new", "/answers", "/delete")
 ONE = ("/records/edit?id=r1", "/records/delete?id=r1", "/answer?id=req_ada0")
-OF_ADMIN = (
-    *("/activity", "/users", "/users?q=no", "/spend", "/keys", "/keys/revoke?id=x"),
-    *("/jobs", "/bundle"),
-)
+OF_ADMIN = (*("/activity", "/users", "/users?q=no", "/spend", "/keys"), *("/jobs", "/bundle"))
 HERE = "http://127.0.0.1:"
 WAIT = 250_000.0  # milliseconds, for what never comes
 IN_DOCS = ("activity", "answer-dark", "records", "spend", "user", "users-phone-dark")
