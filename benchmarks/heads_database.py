@@ -47,7 +47,8 @@ def main() -> None:
     parser.add_argument("--read", nargs=2, help=argparse.SUPPRESS)  # of the process that reads
     args = parser.parse_args()
     if args.read:
-        print(json.dumps(read(*args.read, args)))
+        url, kind = args.read
+        print(json.dumps(read(url, kind, args)))
         return
     rows = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -70,7 +71,8 @@ def measure(database: str, url: str, kind: str, args: argparse.Namespace) -> dic
     if child.returncode:
         raise SystemExit(child.stderr)
     told = {"database": database, "kind": kind, "users": args.users, "fill_seconds": filled}
-    return told | json.loads(child.stdout)
+    told |= json.loads(child.stdout)
+    return told
 
 
 def read(url: str, kind: str, args: argparse.Namespace) -> dict[str, Any]:

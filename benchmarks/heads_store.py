@@ -317,7 +317,9 @@ def plot(result: Mapping[str, Any]) -> str:
     y = alt.Y("value:Q", scale=alt.Scale(type="log"), title=None)
     line = alt.Chart().mark_line(point=True).encode(x, y, alt.Color("kind:N", title=None))
     shown = line.properties(width=210, height=160).facet(
-        alt.Facet("what:N", title=None), data=alt.Data(values=rows), columns=2
+        alt.Facet("what:N", title=None),
+        data=alt.Data(values=rows),
+        columns=2,  # type: ignore[no-untyped-call]
     )
     return vl_convert.vegalite_to_svg(shown.resolve_scale(y="independent").to_json())
 
