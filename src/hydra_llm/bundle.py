@@ -29,11 +29,13 @@ from hydra_llm.model.persistence import (
     delete_user,
     encoder_config,
     encoder_of,
+    precision_of,
     read_bundle,
     read_config,
     write_bundle,
     write_users,
 )
+from hydra_llm.model.precision import Precision
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.model.upgrade import tensors_of, upgraded
 from hydra_llm.model.word_model import WordModel
@@ -72,6 +74,8 @@ class Bundle:
     """What words an answer has; None for tasks with labels, and in bundles of older versions."""
     word_models: Mapping[str, WordModel] = field(default_factory=dict, repr=False)
     """By training user, those that have not seen the user: while learning, not saved."""
+    precision: Precision = "fp32"
+    """Of the features that scorers and heads were learned from; another one may be scored only."""
     use_reranker: bool = True
     """False where the retriever's first records were worth more on held-out users."""
     records: Records = field(default_factory=dict, repr=False)
@@ -118,6 +122,13 @@ class Bundle:
         if task.kind != self.task.kind or task.labels != self.task.labels:
             tasks = f"the data set's task '{task.name}' is not the bundle's '{self.task.name}'"
             raise DataError(f"{tasks}: kind and labels must agree")
+
+    def check_precision(self) -> None:
+        """Raise SettingsError where heads would be fitted on features of another precision."""
+        if (other := self.features.encoder.precision) != self.precision:
+            learned = f"the bundle was learned with {self.precision}, not {other}"
+            fix = "leave it out, or learn another bundle"
+            raise SettingsError(f"setting 'encoder_precision': {learned}: {fix}")
 
     def pipeline(
         self, settings: Settings | None = None, *, rerank: bool = True, adapt: bool = True
@@ -176,7 +187,9 @@ class Bundle:
 
         Raises:
             BundleError: another process writes there or changed it since it was read; a full disk.
+            SettingsError: its encoder has another precision than it was learned with.
         """
+        self.check_precision()
         folder, settings = Path(folder), self.learned_with or self.settings
         scorers: dict[str, Any] = {}
         tensors: dict[str, Any] = {}
@@ -235,9 +248,10 @@ class Bundle:
             BundleError: not there, damaged, of a newer format, or learned with another encoder.
             SettingsError: the environment or the settings file is at fault.
         """
-        machine = (here or load_settings()).model_dump(include=set(LOCAL))
+        here = here or load_settings()
+        machine, asked = here.model_dump(include=set(LOCAL)), here.encoder_precision
         files = read_bundle(Path(folder))
-        encoder = encoder_of(files)
+        encoder = encoder_of(files, None if asked == "auto" else asked)
         try:
             bundle = cls._of(upgraded(files), encoder, cache, machine)
         except (DataError, SettingsError) as error:  # such as a plug-in that is not installed here
@@ -270,6 +284,7 @@ class Bundle:
             heads=files.heads,
             gate=GateWeights.restore(config.get("gate"), files.tensors.get("gate.weights")),
             word_model=WordModel.restore(config.get("word_model"), words),
+            precision=precision_of(config),
             use_reranker=config["use_reranker"],
             records=files.records,
             trained_on=tuple(config["trained_on"]),
@@ -287,7 +302,7 @@ class Bundle:
             f"- Learned from {len(self.trained_on)} training users; when it was written, heads for"
             f" {len(self.records)} users, whose records it holds.",
             f"- LLM that labelled the training data: {model}",
-            f"- Encoder: {encoder.name} (digest {encoder.digest[:12]})",
+            f"- Encoder: {encoder.name} ({encoder.precision}, digest {encoder.digest[:12]})",
         ]
         for name, scorer in self.scorers.items():
             size = scorer.head.numbers_per_user

@@ -102,8 +102,13 @@ def _check_side_features(task: Task, answers: Sequence[str]) -> None:
     outputs = [answers[i % len(answers)] for i in range(5)]
     records = [Record("u", str(i), f"text {i}", out, position=i) for i, out in enumerate(outputs)]
     candidates = [Candidate(text, text, i, greedy=i == 1) for i, text in enumerate(answers)]
+    whole = kind.vectorize(records, _hashed)
     for seen in ([], records[:1], records):
         history = kind.vectorize(seen, _hashed)
+        if whole.places is not None or len(whole) == len(records):
+            pairs = zip(whole.first(len(seen)).rows, history.rows, strict=True)
+            same = [np.array_equal(first, alone) for first, alone in pairs]
+            assert all(same), "a row depends on other records"
         stats = kind.cohort_stats([record.output for record in seen], 0.4)
         context = FeatureContext(_hashed(["text 1"])[0], history, stats, _hashed)
         of_candidates = partial(kind.candidate_features, context)

@@ -129,6 +129,7 @@ def add_figures(store: Store) -> None:
         own |= {("pick", "other"): many // 2, ("upstream", "1"): many // 2}
         own |= {("upstream", ("2.5", "5")[ago % 5 == 0]): many // 3, ("own", "0.025"): many}
         own |= {("own", ("0.05", "0.1")[ago % 6 == 0]): many // 9}
+        own |= {("feedback", "wanted"): many // 12, ("feedback", "unwanted"): many // 30}
         counts |= {(hour - ago * HOUR, *kind): count for kind, count in own.items() if count}
     store.add_activity(counts)
     spent = dict[Spender, Spend]()

@@ -42,6 +42,7 @@ FORMS: dict[str, dict[str, str]] = {
 ADMIN_FORMS: dict[str, dict[str, str]] = {
     "/keys": {"kind": "admin", "label": "mine"},
     "/keys/revoke": {"id": "{key}"},
+    "/spend": {"kind": "key", "name": "{key}", "limits": "1/day"},
 }
 
 
@@ -544,6 +545,27 @@ def test_activity_counts_until_the_store_takes_it(store: Store) -> None:
     assert seconds(shown["own"]) == "≤ 50 ms"
     assert shown["bars"]["rows"] == [("02:00", [2, 1, 0, 0, 0])]
     assert figures([], SPANS["month"], NOW)["total"] == 0
+
+
+async def test_limits_are_set_on_the_page(store: Store) -> None:
+    keys = fill(store)
+    async with running(store, dashboard=True) as world, visiting(world, keys["admin"]) as admin:
+        answer = await admin.post("/spend", kind="user", name="ada", limits=" 5/day ")
+        assert answer.headers["location"] == "/ui/spend?done=limit"
+        assert [(own.name, own.value) for own in store.limits()] == [("ada", "5/day")]
+        page = await admin.get("/spend?done=limit")
+        assert "The limit was set" in page.text
+        for given, fault in (
+            ({"name": "ada", "limits": "five"}, "limits: "),
+            ({"name": "ada\u0000", "limits": "1/day"}, "user "),
+            ({"kind": "key", "name": "none", "limits": "1/day"}, "no such key"),
+        ):
+            answer = await admin.post("/spend", **{"kind": "user", **given})
+            assert answer.status_code == 400, given
+            assert fault in answer.text
+        assert [own.value for own in store.limits()] == ["5/day"]
+        await admin.post("/spend", kind="user", name="ada", limits="")
+        assert not store.limits()
 
 
 def test_a_quantile_is_the_bound_of_its_class() -> None:

@@ -289,6 +289,13 @@ def test_an_administrator_does_everything(site: Site, chromium: Any, tmp_path: P
         tab.get_by_role("link", name="7 days").click()
         assert tab.get_by_role("region", name="By model").inner_text().count("gpt") == 2
         picture(tab, tmp_path, "spend")
+        tab.get_by_label("Id of the user or key").fill("ada")
+        tab.get_by_label("What it may spend").fill("a lot")
+        tab.get_by_role("button", name="Set").click()
+        assert "limits: " in tab.get_by_role("alert").inner_text()
+        tab.get_by_label("What it may spend").fill("5/day")
+        tab.get_by_role("button", name="Set").click()
+        assert "The limit was set" in tab.locator("main").inner_text()
 
         tab.get_by_role("link", name="Keys").click()
         tab.get_by_role("button", name="Create").click()

@@ -101,6 +101,36 @@ async def test_streams(store: Store, told: bool, user: str | None) -> None:
         assert row["estimated_tokens"] == row["prompt_tokens"] + row["completion_tokens"] > 0
 
 
+@pytest.mark.parametrize("user", ["ada", None])
+@pytest.mark.parametrize("wanted", [True, False])
+async def test_streams_are_asked_for_their_tokens(
+    store: Store, user: str | None, wanted: bool
+) -> None:
+    """With `stream_usage`; who has not asked for the event with them does not get it."""
+    delta = {"index": 0, "delta": {"content": "calm"}, "finish_reason": "stop"}
+    head = {"id": "c", "model": "m", "object": "chat.completion.chunk", "created": 1}
+    usage = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
+    text, tells = ({**head, "choices": [delta]}, {**head, "choices": [], "usage": usage})
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        asks = json.loads(request.content).get("stream_options", {}).get("include_usage")
+        chunks = [text, tells] if asks else [text]
+        events = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks] + ["data: [DONE]\n\n"]
+        return httpx2.Response(200, text="".join(events), headers=EVENTS)
+
+    store.add_records("ada", records_of("ada"))
+    options = {"stream_options": {"include_usage": True}} if wanted else {}
+    async with running(store, stream_usage=True) as world:
+        world.app.state.gateway.upstream = endpoint(answer)
+        reply = await world.ask("hello", user=user, stream=True, **options)
+        row = (await spent(world))["total"]
+    assert (row["prompt_tokens"], row["completion_tokens"], row["estimated_tokens"]) == (7, 2, 0)
+    assert reply.text.count('"total_tokens"') == int(wanted)
+    assert reply.text.endswith("data: [DONE]\n\n")
+    if user is None and not wanted:
+        assert reply.text == f"data: {json.dumps(text)}\n\ndata: [DONE]\n\n"
+
+
 async def test_cached_tokens_have_their_own_price(store: Store) -> None:
     usage = {"prompt_tokens": 1000, "completion_tokens": 10, "total_tokens": 1010}
     usage |= {"prompt_tokens_details": {"cached_tokens": 800}}  # type: ignore[dict-item]

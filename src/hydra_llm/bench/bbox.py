@@ -31,7 +31,7 @@ from hydra_llm.bench.method import NotAsked, Parts
 from hydra_llm.bundle import Bundle
 from hydra_llm.context import Context
 from hydra_llm.errors import LLMError
-from hydra_llm.llm.concurrency import map_calls
+from hydra_llm.llm.concurrency import at_once, map_calls
 from hydra_llm.model.interactions import Groups, Interaction, make_groups
 from hydra_llm.pipeline import Records
 from hydra_llm.rerank import KeepOrder
@@ -237,7 +237,8 @@ class BBoxAdapter:
         if settings.label_order == "retriever":
             pipeline = replace(pipeline, reranker=KeepOrder())
         queries, learned = asked.all, energy
-        answers = await map_calls(pipeline.apropose, queries, limit=settings.concurrency)
+        limit = at_once(pipeline.llm, settings.concurrency)
+        answers = await map_calls(pipeline.apropose, queries, limit=limit)
         proposals = [answer for answer in answers if isinstance(answer, Proposal)]
         for error in answers:
             if isinstance(error, LLMError) and not proposals:

@@ -48,6 +48,8 @@ def learn(
         from hydra_llm.gateway.spend import count_learning
         from hydra_llm.gateway.store_training import learn_from_store
 
+        if recording.batch:
+            raise SettingsError("--store asks directly: leave --batch out")
         with opt.open_store(store):
             pass  # it is there: before a file is made
         # A temporary cache of LLM answers: they quote users, who may be deleted later.
@@ -129,7 +131,12 @@ def ask(
 ) -> None:
     """Answer one text for one user. `--json` adds records, prompt, candidates, scores and costs."""
     check_spec(llm)
+    from hydra_llm.training.encode import encode_histories
+
     loaded, settings = options.open_bundle(bundle, k=k, **vars(selection))
+    with console.progress(quiet=as_json) as report:
+        records = loaded.records.get(user, ())[-(limit or 0) :]
+        encode_histories(loaded, records, report, ranks=loaded.reranker is not None)
     personalizer = loaded.personalizer(open_llm(llm, settings), settings)
     if limit is not None and user in loaded.records:
         latest = Overlaid({user: loaded.records[user][-limit:]}, loaded.records)

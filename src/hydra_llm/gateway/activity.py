@@ -6,7 +6,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from hydra_llm.errors import HydraError
 from hydra_llm.store.store import Store
@@ -16,11 +16,13 @@ ACTIVITY_DAYS = 90
 """How long figures are kept."""
 BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Of the classes in which seconds are counted; longer ones are in a last class."""
+FEEDBACK, WANTED, UNWANTED = "feedback", "wanted", "unwanted"
 
 
 class Activity:
     """What happened since it was last kept. Kinds: `answer` by reason, `pick` (`first` where the
-    adapter left the first candidate, else `other`), `upstream` and `own` by class of seconds.
+    adapter left the first candidate, else `other`), `upstream` and `own` by class of seconds,
+    `feedback` (`wanted` where the user wanted the answer that they got, else `unwanted`).
     """
 
     def __init__(self, clock: Callable[[], float] = time.time):
@@ -38,6 +40,13 @@ class Activity:
             happened.append(("upstream", _class(seconds["upstream"])))
         if own := [seconds[stage] for stage in ("prepare", "adapt") if stage in seconds]:
             happened.append(("own", _class(sum(own))))
+        self._count(happened)
+
+    def judged(self, wanted: bool) -> None:
+        """Count feedback: whether the user wanted the answer that they got."""
+        self._count([(FEEDBACK, WANTED if wanted else UNWANTED)])
+
+    def _count(self, happened: Iterable[tuple[str, str]]) -> None:
         hour = int(self._clock()) // HOUR * HOUR
         with self._lock:
             self._counts.update((hour, kind, name) for kind, name in happened)

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Query, Request
 
 from hydra_llm.gateway.activity import ACTIVITY_DAYS, HOUR
 from hydra_llm.gateway.auth import make_key
+from hydra_llm.gateway.drift import drift_of
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.schemas import MAX_ID, ApiError, Id, KeyIn, id_fault
 from hydra_llm.store.pages import Place
@@ -63,12 +64,16 @@ def activity(
     step: Annotated[int, Query(ge=1, le=24 * ACTIVITY_DAYS, description="Hours of a row.")] = 1,
 ) -> dict[str, Any]:
     """What all servers of the store have answered, by hour: `answer` by reason, `pick` (`first`:
-    the adapter left the first candidate), `upstream` and `own` seconds by upper bound.
+    the adapter left the first candidate), `upstream` and `own` seconds by upper bound, `feedback`
+    (`wanted`: the user wanted the answer that they got). `drift` compares the feedback of the last
+    7 days with that of the 28 days before.
     """
-    since = int(time.time()) // HOUR * HOUR - (hours - 1) * HOUR
-    happened = gateway_of_admin(http).store.activity(since, step * HOUR)
+    store, now = gateway_of_admin(http).store, time.time()
+    since = int(now) // HOUR * HOUR - (hours - 1) * HOUR
+    happened = store.activity(since, step * HOUR)
     data = [[own.hour, own.kind, own.name, own.count] for own in happened]
-    return {"object": "list", "columns": ["hour", "kind", "name", "count"], "data": data}
+    reply = {"object": "list", "columns": ["hour", "kind", "name", "count"], "data": data}
+    return {**reply, "drift": drift_of(store, now).as_json()}
 
 
 def gateway_of_admin(http: Request) -> Gateway:

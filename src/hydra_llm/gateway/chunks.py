@@ -149,6 +149,17 @@ def chunk_of(event: Event) -> Any:
         return None
 
 
+def only_tells_usage(piece: bytes) -> bool:
+    """Whether a piece of a stream is the event that `include_usage` adds, and nothing else."""
+    if b'"usage"' not in piece:
+        return False
+    reader = EventReader()
+    events = [one for one in (*reader.feed(piece), *reader.end()) if one.data is not None]
+    chunk = chunk_of(events[0]) if len(events) == 1 else None
+    told = isinstance(chunk, Mapping) and chunk.get("choices") == [] and chunk.get("usage")
+    return bool(told)
+
+
 def ends_answer(event: Event, chunk: Any) -> bool:
     """Whether an event is `[DONE]`, or its chunk ends a choice."""
     choices = chunk.get("choices") if isinstance(chunk, Mapping) else None

@@ -44,7 +44,9 @@ async def take_feedback(gateway: Gateway, given: FeedbackIn, request: Request) -
     for _ in range(TRIES):
         state = await run_sync(feedback.read)
         learn = partial(feedback.learn, state)
-        judged, heads = await feedback.deployment.batcher.run(learn, texts, user=request.user)
+        judged, heads = await feedback.deployment.batcher.run(
+            learn, user=request.user, texts=lambda: texts
+        )
         has_room = len(state.user.records) < gateway.settings.max_records
         record = feedback.record if has_room or state.replaced else None
         try:
@@ -55,6 +57,8 @@ async def take_feedback(gateway: Gateway, given: FeedbackIn, request: Request) -
             await gateway.deployment.forget(state.user.name)
             replaced = texts_of([state.replaced])
             await run_sync(gateway.deployment.forget_texts, replaced)
+        if fresh:
+            gateway.telemetry.activity.judged(feedback.agrees)
         id = record.id if record else None  # of the record that the answer became
         return {"repeated": not fresh, "record": id, "head_moved": bool(fresh and heads)}
     raise ApiError(409, "too many changes of this user at once: try again", code="busy")
@@ -176,6 +180,16 @@ class _Feedback:
         if bundle is None or not (group or replaces):
             return judged, {}
         return judged, heads_after(bundle, user.name, user.heads, [*others, judged])
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the user wanted the answer that they got, which is the first candidate's."""
+        if self.kind == "rating":
+            return bool(self.value >= ACCEPTED)
+        task, wanted = self.deployment.pipeline.task, self.wanted
+        if self.kind == "edited" and wanted is not None and task.labels:
+            wanted = task.parse(wanted)
+        return wanted is not None and wanted == _answer(self.candidates[0])
 
     @property
     def choice(self) -> Query | None:

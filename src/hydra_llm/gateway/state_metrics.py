@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from hydra_llm import __version__
 from hydra_llm.errors import HydraError
+from hydra_llm.gateway.drift import drift_of
 from hydra_llm.gateway.telemetry import METRICS_FOLDER
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class StateCollector(Collector):
         for state in STATES:
             jobs.add_metric([state], states.get(state, 0))
         yield jobs
+        yield from self._of_feedback()
         today = datetime.now(UTC).date().isoformat()
         for by, most in (("kind", None), ("key", MOST_KEYS)):
             groups = store.spend(by, since=today, limit=most)
@@ -85,6 +87,20 @@ class StateCollector(Collector):
                     cost.add_metric([group.by[by] or "none"], money)
             yield tokens
             yield cost
+
+    def _of_feedback(self) -> Iterator[Metric]:
+        self._gateway.telemetry.activity.keep(self._gateway.store)  # what is only counted yet
+        found = drift_of(self._gateway.store, time.time())
+        about = (
+            "Share of feedback at which the user wanted the answer, of the last 7 and the 28 days"
+        )
+        share = GaugeMetricFamily("hydra_wanted_ratio", f"{about} before", labels=["days"])
+        for own in (found.recent, found.before):
+            if own.share is not None:
+                share.add_metric([str(own.days)], own.share)
+        yield share
+        about = "1 where answers are wanted less often than in the 28 days before, else 0"
+        yield GaugeMetricFamily("hydra_drift", about, value=int(found.found))
 
 
 def _processes() -> Iterator[Metric]:

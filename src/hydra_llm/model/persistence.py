@@ -35,6 +35,7 @@ from hydra_llm import __version__
 from hydra_llm.errors import BundleError
 from hydra_llm.model.encoder import Encoder, open_encoder
 from hydra_llm.model.head import Head
+from hydra_llm.model.precision import Precision
 from hydra_llm.model.users_file import UsersFile, change_counter, record_of
 from hydra_llm.types import Record
 
@@ -66,16 +67,28 @@ class BundleFiles:
 
 def encoder_config(encoder: Encoder) -> dict[str, Any]:
     """What `config["encoder"]` holds of an encoder."""
-    return {key: getattr(encoder, key) for key in ENCODER_KEYS}
+    return {key: getattr(encoder, key) for key in (*ENCODER_KEYS, "precision")}
 
 
-def encoder_of(files: BundleFiles) -> Encoder:
-    """The bundle's own encoder, or the one that it names. Raises SettingsError: there is none of
-    that name here. BundleError: it is another one than the bundle was made with.
+def encoder_of(files: BundleFiles, precision: Precision | None = None) -> Encoder:
+    """The bundle's own encoder, or the one that it names, in the precision that it was learned with
+    or another one. Raises SettingsError: there is none of that name here. BundleError: it is
+    another one than the bundle was made with.
     """
-    name = files.config["encoder"]["name"]
-    named = f"encoder '{name}' here"
-    return files.encoder or _open_encoder(files.config["encoder"], name, named)
+    entry = files.config["encoder"]
+    named = f"encoder '{entry['name']}' here"
+    encoder = files.encoder or _open_encoder(entry, entry["name"], named)
+    if precision in (None, encoder.precision):
+        return encoder
+    if encoder.precision != "fp32":
+        encoder = _opened(entry, entry["name"], "fp32")
+    return encoder.at(precision)
+
+
+def precision_of(config: Mapping[str, Any]) -> Precision:
+    """What a bundle was learned with; those of older versions do not name it."""
+    precision: Precision = config["encoder"].get("precision", "fp32")
+    return precision
 
 
 def write_bundle(folder: Path, files: BundleFiles, *, replaces: str | None = None) -> str:
@@ -390,8 +403,13 @@ def _load_encoder(content: Path, config: dict[str, Any]) -> Encoder | None:
 
 
 def _open_encoder(entry: Mapping[str, Any], source: str, place: str) -> Encoder:
-    encoder = open_encoder(source, pooling=entry["pooling"], max_length=entry["max_length"])
+    encoder = _opened(entry, source, entry.get("precision", "fp32"))
     if encoder.digest != entry["digest"]:
         fault = "is not the encoder that the bundle was made with"
         raise BundleError(f"{place} {fault}: install that version, or learn anew")
     return encoder
+
+
+def _opened(entry: Mapping[str, Any], source: str, precision: Precision) -> Encoder:
+    pooling, length = entry["pooling"], entry["max_length"]
+    return open_encoder(source, pooling=pooling, max_length=length, precision=precision)

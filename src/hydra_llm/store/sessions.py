@@ -47,12 +47,14 @@ class Sessions(Database):
                 place = ["hour", "kind", "name"]
                 connection.execute(row.on_conflict_do_update(index_elements=place, set_=more))
 
-    def activity(self, since: int, step: int = 3600) -> list[Happened]:
-        """What happened since a time, in sums of `step` seconds, in order."""
+    def activity(self, since: int, step: int = 3600, kind: str = "") -> list[Happened]:
+        """What happened since a time, in sums of `step` seconds, in order; `kind`: only that."""
         table = schema.activity.c
         begin = (table.hour - (table.hour - since) % step).label("begin")
         count = sa.cast(sa.func.sum(table["count"]), sa.BigInteger)
         query = sa.select(begin, table.kind, table.name, count).where(table.hour >= since)
+        if kind:
+            query = query.where(table.kind == kind)
         groups = (sa.text("begin"), table.kind, table.name)
         rows = self.rows(query.group_by(*groups).order_by(*groups))
         return [Happened(*row) for row in rows]

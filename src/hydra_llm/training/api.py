@@ -22,14 +22,16 @@ from hydra_llm.datasets.verdicts import doubts
 from hydra_llm.errors import DataError, SettingsError, UnknownUser
 from hydra_llm.history import in_order
 from hydra_llm.llm.base import ChatLLM
-from hydra_llm.llm.concurrency import Progress, StageProgress, run_sync
+from hydra_llm.llm.concurrency import StageProgress, run_sync
 from hydra_llm.llm.none import NONE, is_none
 from hydra_llm.llm.registry import open_llm
 from hydra_llm.model.encoder import open_encoder
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.persistence import check_place
-from hydra_llm.side_features import fit_stats
+from hydra_llm.plugins import HEADS
+from hydra_llm.side_features import fit_stats, texts_of_stats
 from hydra_llm.tasks.base import Task
+from hydra_llm.training.encode import STAGE, encode_ahead, encode_histories
 from hydra_llm.training.labelling import asked_about
 from hydra_llm.training.learned import Learned
 from hydra_llm.training.strengths import Strengths
@@ -70,12 +72,15 @@ async def alearn(
     records = {user: data.answered(user) for user in users if data.history(user)}
     _check_learnable(model, data.task, records)
     _warn(data, warn)
-    blank = blank_bundle(data.task, model, settings, records, partial(progress, "encode texts"))
+    blank = blank_bundle(data.task, model, settings, records, progress)
     notes = _lacking(users, records, "have no records and were left out")
     learned = Learned(replace(blank, trained_on=tuple(records)), tuple(records), notes=notes)
     asked = asked_about(data, settings, learned.users[: settings.labelled_users])
+    weak = settings.reranker_labels == "history" and settings.rerank != "never"
+    every = list(chain.from_iterable(records.values()))
+    encode_histories(blank, every, progress, ranks=weak and not is_none(model))
     await Work(learned, model, progress, out, strengths, asked).learn(first)
-    blank.features.encoder.progress = None
+    blank.features.progress = None
     counts = {"users": len(records), "calls": learned.usage.calls, "cached": learned.usage.cached}
     learned.report(**counts, stages=learned.stages_json())
     if out is not None:
@@ -105,6 +110,7 @@ async def afit(
     if settings is not None:
         given = replace(given, settings=as_learned(given.settings, settings))
     _, data, model = _opened(dataset, llm, given.settings)
+    given.check_precision()
     given.check_task(data.task)
     names = data.users("test") if users is None else list(dict.fromkeys(users))
     if unknown := [name for name in names if name not in data.splits]:
@@ -114,7 +120,11 @@ async def afit(
     notes = _lacking(names, own, "have no records: they get the shared head")
     given = replace(given, records=Overlaid(own, given.records))
     learned = Learned(given, tuple(names), notes=notes)
+    every, features = list(chain.from_iterable(own.values())), given.features
+    encode_histories(given, every, progress, ranks=given.reranker is not None)
+    features.progress = partial(progress, STAGE)  # of pairs, which are known only now
     await Work(learned, model, progress).fit()
+    features.progress = None
     if not isinstance(bundle, Bundle):
         learned.bundle.save_users(bundle, names)
     return learned
@@ -139,16 +149,17 @@ def blank_bundle(
     llm: ChatLLM,
     settings: Settings,
     records: Mapping[str, Sequence[Record]],
-    progress: Progress | None = None,
+    progress: StageProgress = silent,
 ) -> Bundle:
-    """A bundle that has learned nothing: all that prompts need. `progress` is the encoder's."""
-    encoder = open_encoder(
-        settings.encoder, pooling=settings.pooling, max_length=settings.max_length
-    )
-    encoder.progress = progress
+    """A bundle that has learned nothing: all that prompts need."""
+    encoder = open_encoder(settings.encoder, **settings.of_encoder)
     store = FeatureCache(encoder, settings.cache / "features.sqlite")
-    stats = fit_stats(task, store, list(records.values()))
-    return Bundle(task, settings, dict(llm.identity), store, stats, records=records)
+    store.progress = partial(progress, STAGE)
+    histories = list(records.values())
+    encode_ahead(store, texts_of_stats(histories), progress)
+    stats = fit_stats(task, store, histories)
+    bundle = Bundle(task, settings, dict(llm.identity), store, stats, records=records)
+    return replace(bundle, precision=encoder.precision)
 
 
 def _opened(
@@ -158,6 +169,13 @@ def _opened(
     if chosen.tune_encoder and chosen.features != "cross":
         fault = "a tower keeps its features and cannot be tuned"
         raise SettingsError(f"tune_encoder needs features=cross: {fault}")
+    if chosen.tune_encoder and chosen.encoder_precision not in ("auto", "fp32"):
+        raise SettingsError(f"tune_encoder needs fp32, not {chosen.encoder_precision}")
+    if chosen.labelling == "adaptive" and (
+        chosen.tune_encoder or not HEADS.load(chosen.head).convex
+    ):
+        fault = "each round fits the scorer anew, which needs a convex head and a frozen encoder"
+        raise SettingsError(f"labelling=adaptive: {fault}; take labelling=all")
     data = dataset if isinstance(dataset, DataSet) else load(dataset)
     model = open_llm(llm, chosen) if isinstance(llm, str) else llm
     return chosen, data, model

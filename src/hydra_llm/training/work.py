@@ -3,7 +3,7 @@
 `api.py` opens what they need and says who is learned from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -19,6 +19,7 @@ from hydra_llm.model.upgrade import reranker_helps
 from hydra_llm.pipeline import UserPipeline
 from hydra_llm.rerank import record_text
 from hydra_llm.side_features import Featurizer
+from hydra_llm.training.adaptive import Label, Rounds, in_turns, judge_by_refit, judge_by_votes
 from hydra_llm.training.choosing import choose_sampling, chosen_over, judged, some_of_each
 from hydra_llm.training.dataset import LabelledGroup
 from hydra_llm.training.gate import fit_gate
@@ -32,6 +33,7 @@ from hydra_llm.training.labelling import (
     reads_labels,
     reranker_groups,
     training_queries,
+    unasked_groups,
     weak_adapter_groups,
     weak_reranker_groups,
 )
@@ -45,9 +47,10 @@ from hydra_llm.training.train_scorer import (
     train_scorer,
 )
 from hydra_llm.training.word_model import TOO_FEW, WordModels, learn_word_model
-from hydra_llm.types import Overlaid, StageCost
+from hydra_llm.types import Overlaid, Query, StageCost
 
 RERANKER, ADAPTER = "reranker", "adapter"
+ADAPTER_LABELS = "labelling"  # the report's entry on adaptive labelling
 STAGES = {RERANKER: "label records", ADAPTER: "label candidates"}
 WORD_STAGE, CHOICE_STAGE = "fit word model", "choose sampling"
 SKIPPED = {  # why none is learned where all gains are equal
@@ -85,7 +88,7 @@ class Work:
             ranking = await self.labelled_data(RERANKER)
             self.train(ranking, tune=settings.tune_encoder)
         await self.choose(first)
-        picking = await self.labelled_data(ADAPTER)
+        picking = await self.labelled_data(ADAPTER, first)
         self.train(picking, tune=settings.tune_encoder)
         if settings.tune_encoder and picking is not None:
             self.train(ranking)  # the encoder has moved under the reranker
@@ -140,24 +143,59 @@ class Work:
         learned.report(gate=report)
         learned.stages["fit gate"] = StageCost(len(learned.users), perf_counter() - started)
 
-    async def labelled_data(self, name: str) -> LabelledData | None:
+    async def labelled_data(self, name: str, first: Bundle | None = None) -> LabelledData | None:
         """What a scorer is trained on; None where no candidate is better than another."""
         learned, bundle, users = self.learned, self.learned.bundle, self.learned.users
         plain = self.plain(name)
-        collected = Collected(lambda featurizer: [])
-        if name == ADAPTER or asks_of_records(bundle.settings):
-            collected = await self.collect(name, plain, users[: bundle.settings.labelled_users])
+        side_names = getattr(bundle.featurizer, f"{name}_names")
+        by_label = name == ADAPTER and reads_labels(bundle.task, bundle.settings)
 
-        def groups(featurizer: Featurizer) -> list[LabelledGroup]:
-            return [*collected.groups(featurizer), *_weak_groups(name, plain, featurizer, users)]
+        def data_of(collected: Collected) -> LabelledData:
+            def groups(featurizer: Featurizer) -> list[LabelledGroup]:
+                weak = _weak_groups(name, plain, featurizer, users)
+                return [*collected.groups(featurizer), *weak]
 
-        if not any(len(set(group.gains)) > 1 for group in groups(bundle.featurizer)):
+            return LabelledData(name, groups, side_names, target_rule(bundle, name), by_label)
+
+        data, most = data_of(Collected(lambda featurizer: [])), bundle.settings.labelled_users
+        if name == ADAPTER and bundle.settings.labelling == "adaptive" and not is_none(self.llm):
+            data = await self.adaptively(plain, data_of, first)
+        elif name == ADAPTER or asks_of_records(bundle.settings):
+            data = data_of(await self.collect(name, plain, users[:most]))
+        if not any(len(set(group.gains)) > 1 for group in data.groups(bundle.featurizer)):
             learned.report(**{name: {"skipped": SKIPPED[name]}})
             learned.notes.append(f"no {name} was learned: {SKIPPED[name]}")
             return None
-        side_names = getattr(bundle.featurizer, f"{name}_names")
-        by_label = name == ADAPTER and reads_labels(bundle.task, bundle.settings)
-        return LabelledData(name, groups, side_names, target_rule(bundle, name), by_label)
+        return data
+
+    async def adaptively(
+        self,
+        plain: UserPipeline,
+        data_of: Callable[[Collected], LabelledData],
+        first: Bundle | None,
+    ) -> LabelledData:
+        """The adapter's data with as many labels of the LLM as help, or those of `first`."""
+        learned, bundle, asked = self.learned, self.learned.bundle, self.asked
+        assert asked is not None  # of training users
+        users, strengths = learned.users[: bundle.settings.labelled_users], None
+        if first is not None and ADAPTER_LABELS in first.report:
+            known = first.report[ADAPTER_LABELS]
+            queries = in_turns(asked.all, bundle.settings.seed)[: known["queries"]]
+            learned.report(**{ADAPTER_LABELS: known})
+            return data_of(await self.collect(ADAPTER, plain, users, queries=queries))
+        if offers_all(bundle.task, bundle.settings):
+            pipeline = replace(plain, records=asked.records)
+            unasked = Collected(lambda made: unasked_groups(pipeline, made, asked.all))
+            judge, strengths = judge_by_votes(
+                bundle, data_of(unasked), self.strengths, self.progress
+            )
+        else:
+            judge = judge_by_refit(bundle, data_of, self.strengths)
+        rounds = Rounds(judge, bundle.settings.seed)
+        collected = await self.collect(ADAPTER, plain, users, rounds=rounds)
+        learned.report(**{ADAPTER_LABELS: rounds.report})
+        learned.notes.append(str(rounds))
+        return replace(data_of(collected), strengths=strengths)
 
     def plain(self, name: str) -> UserPipeline:
         """The pipeline without the scorer that is to be learned or fitted."""
@@ -165,17 +203,30 @@ class Work:
         rerank = name == ADAPTER and bundle.settings.label_order != "retriever"
         return bundle.personalizer(self.llm, rerank=rerank, adapt=adapt)
 
-    async def collect(self, name: str, plain: UserPipeline, users: Sequence[str]) -> Collected:
-        """Let the LLM label what it is asked about training users, or new users' latest records."""
+    async def collect(
+        self,
+        name: str,
+        plain: UserPipeline,
+        users: Sequence[str],
+        *,
+        rounds: Rounds | None = None,
+        queries: Sequence[Query] | None = None,
+    ) -> Collected:
+        """Let the LLM label what it is asked about training users, or new users' latest records;
+        `queries`: some of them.
+        """
         learned, stage, most = self.learned, STAGES[name], plain.settings.queries_per_user
         if is_none(self.llm):
             return Collected(lambda featurizer: [])
         latest = (training_queries(plain.task, plain.records[user], most) for user in users)
-        queries, label = list(chain(*latest)), adapter_groups
         if self.asked is not None:
-            queries, plain = self.asked.all, replace(plain, records=self.asked.records)
-        if name == RERANKER:
-            label = reranker_groups
+            queries = self.asked.all if queries is None else queries
+            plain = replace(plain, records=self.asked.records)
+        else:
+            queries = list(chain(*latest))
+        label: Label = reranker_groups if name == RERANKER else adapter_groups
+        if rounds is not None:
+            label = partial(rounds.label, label)
         collected = await label(plain, queries, partial(self.progress, stage))
         learned.failures += collected.failures
         learned.stages[stage] = StageCost(len(users), collected.usage.seconds, collected.usage)
@@ -192,7 +243,8 @@ class Work:
             return
         learned, started = self.learned, perf_counter()
         checkpoint = None if self.out is None else Path(f"{self.out}.{data.name}.checkpoint")
-        bundle = train_scorer(learned.bundle, data, tune, checkpoint, self.progress, self.strengths)
+        strengths = data.strengths or self.strengths
+        bundle = train_scorer(learned.bundle, data, tune, checkpoint, self.progress, strengths)
         learned.stages[f"fit {data.name}"] = StageCost(len(learned.users), perf_counter() - started)
         prior = bundle.report[data.name].get("prior", "")
         if prior and prior != "learned":

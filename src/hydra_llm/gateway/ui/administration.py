@@ -34,9 +34,10 @@ router = make_router()
 def activity_page(here: Here, span: str = "day") -> Response:
     """What was answered lately, and why not personally."""
     chosen = SPANS.get(span, SPANS["day"])
-    rows = admin_routes.activity(here.http, hours=chosen.hours, step=chosen.step)["data"]
+    happened = admin_routes.activity(here.http, hours=chosen.hours, step=chosen.step)
     values: dict[str, Any] = {"span": chosen, "spans": SPANS, "names": NAMES, "seconds": seconds}
-    shown = figures(rows, chosen, time.time())
+    values["drift"] = happened["drift"]
+    shown = figures(happened["data"], chosen, time.time())
     return show(here, "activity.html", figures=shown, **values)
 
 
@@ -53,6 +54,27 @@ def users_page(here: Here, after: str = "", q: str = "") -> Response:
 @router.get("/spend")
 def spend_page(here: Here, days: Annotated[int, Query(ge=1, le=366)] = 7) -> Response:
     """What was spent: of all users, or of those for whom the caller may speak."""
+    return _spend_page(here, days)
+
+
+@router.post("/spend")
+def set_limit(here: Here, form: Form) -> Response:
+    """Set what a user or a key may spend; empty: as the settings say."""
+    kind = "key" if form.get("kind") == "key" else "user"
+    name, limits = form.get("name", "").strip(), form.get("limits", "").strip()
+    try:
+        sent = valid(spend_routes.LimitIn, limits=limits or None, **{kind: name})
+        spend_routes.set_limits(sent, here.http)
+    except ApiError as error:
+        if error.status not in (400, 404):
+            raise
+        return _spend_page(here, fault=str(error), given=form)
+    return go(here.http, "/spend", done="limit")
+
+
+def _spend_page(
+    here: Visit, days: int = 7, fault: str = "", given: dict[str, str] | None = None
+) -> Response:
     http = here.http
     since = (datetime.now(UTC).date() - timedelta(days=days - 1)).isoformat()
     spent = spend_routes.show_spend(http, by="day,model", since=since, limit=MOST_SUMS)
@@ -63,7 +85,8 @@ def spend_page(here: Here, days: Annotated[int, Query(ge=1, le=366)] = 7) -> Res
     values["by_model"] = sorted(by_model, key=lambda row: row["cost"] or 0.0, reverse=True)
     values["limits"] = spend_routes.show_limits(http) if here.caller.admin else None
     values["bars"] = money_bars(by_day, days, since)
-    return show(here, "spend.html", **values)
+    values |= {"fault": fault, "given": given or {}}
+    return show(here, "spend.html", 400 if fault else 200, **values)
 
 
 # ---- keys

@@ -13,6 +13,7 @@ DONE: Mapping[str, str] = {
     "on": "Personal answers are on.",
     "fit": "Learning has begun: it may take a minute.",
     "revoked": "The key was revoked.",
+    "limit": "The limit was set: servers see it within two seconds.",
     "out": "You are signed out.",
     "ended": "Your session has ended: sign in again.",
 }

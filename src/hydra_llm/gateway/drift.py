@@ -1,0 +1,95 @@
+"""Drift: whether users want the answers that they get less often than before. Knows counts of
+feedback alone, by the hour (activity.py); never a user, never a text.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from hydra_llm.gateway.activity import FEEDBACK, HOUR, WANTED
+from hydra_llm.store.store import Store
+from hydra_llm.store.values import Happened
+
+RECENT, BEFORE = 7 * 24 * HOUR, 28 * 24 * HOUR  # seconds of the two times that are compared
+Z = 1.959964  # of a two-sided 95 % interval
+Interval = tuple[float, float, float]
+"""A value and the two ends of its 95 % interval."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Feedback of some days: how much there was, and at how much of it the answer was wanted."""
+
+    days: int
+    count: int
+    wanted: int
+
+    @property
+    def share(self) -> float | None:
+        """None without feedback."""
+        return self.wanted / self.count if self.count else None
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The last days beside those before them."""
+
+    recent: Judged
+    before: Judged
+
+    @property
+    def difference(self) -> Interval | None:
+        """Of the shares, recent minus before; None without feedback in one of the two."""
+        return difference(self.recent, self.before)
+
+    @property
+    def found(self) -> bool:
+        """Answers are wanted less often than before: the interval is below 0."""
+        return self.difference is not None and self.difference[2] < 0
+
+    def as_json(self) -> dict[str, Any]:
+        """As replies show it."""
+        told = None if self.difference is None else [round(end, 4) for end in self.difference]
+        sides = {"recent": self.recent, "before": self.before}
+        shown = {
+            name: {"days": own.days, "feedback": own.count, "wanted": own.wanted}
+            for name, own in sides.items()
+        }
+        return {**shown, "difference": told, "drift": self.found}
+
+
+def drift(happened: Iterable[Happened], now: float) -> Drift:
+    """From what happened by hour, of at least RECENT + BEFORE seconds."""
+    counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+    for own in happened:
+        age = now - own.hour
+        if own.kind == FEEDBACK and age < RECENT + BEFORE:
+            counts[age >= RECENT][own.name] += own.count
+    sides = zip((RECENT, BEFORE), counts, strict=True)
+    return Drift(*(Judged(own // (24 * HOUR), c.total(), c[WANTED]) for own, c in sides))
+
+
+def drift_of(store: Store, now: float) -> Drift:
+    """From a store's feedback."""
+    return drift(store.activity(int(now) - RECENT - BEFORE, HOUR, kind=FEEDBACK), now)
+
+
+def difference(one: Judged, other: Judged) -> Interval | None:
+    """Of two independent shares with its 95 % interval, from Wilson's intervals of each (Newcombe
+    1998, method 10).
+    """
+    if not (one.count and other.count):
+        return None
+    (p, low, high), (q, least, most) = wilson(one), wilson(other)
+    below, above = math.hypot(p - low, most - q), math.hypot(high - p, q - least)
+    return p - q, p - q - below, p - q + above
+
+
+def wilson(judged: Judged) -> Interval:
+    """A share with Wilson's 95 % interval."""
+    n, p = judged.count, judged.wanted / judged.count
+    middle, wide = p + Z * Z / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
+    scale = 1 + Z * Z / n
+    return p, (middle - wide) / scale, (middle + wide) / scale
