@@ -27,17 +27,12 @@ import numpy as np
 import torch
 from measure import Limit, finish, in_turn, options, show, summary
 
+from hydra_llm.model.bundle_users import delete_user, write_users
 from hydra_llm.model.head import Head
 from hydra_llm.model.heads import make_head
 from hydra_llm.model.heads.base import gather
 from hydra_llm.model.interactions import Cross, Groups
-from hydra_llm.model.persistence import (
-    BundleFiles,
-    delete_user,
-    read_bundle,
-    write_bundle,
-    write_users,
-)
+from hydra_llm.model.persistence import BundleFiles, read_bundle, write_bundle
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.model.users_file import UsersFile
 from hydra_llm.types import Record
