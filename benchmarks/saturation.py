@@ -30,7 +30,7 @@ from gateway import CACHED_USERS, PROCESSES, chat, client, mock, prepare, satura
 from measure import Limit, finish, options
 from pass_through import ROOT, checkout, cpu_ms
 
-USERS = 16
+USERS = 8
 LITELLM_READY = "/health/liveliness"
 Row = dict[str, float]
 
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--litellm", help="the command of a LiteLLM proxy of its own environment")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each series in a round")
+    parser.add_argument("--clients", type=int, default=64, help="requests in flight")
     parser.add_argument("--warm", type=float, default=0.0, help="seconds before the first round")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "int8"))
@@ -145,7 +146,7 @@ async def measure(targets: dict[str, Target], args: Any) -> list[dict[str, Row]]
         for name in names:
             target = targets[name]
             begin, asked = cpu_of_all(target.url), target.asked
-            row[name] = await saturate(target.ask, args.seconds)
+            row[name] = await saturate(target.ask, args.seconds, args.clients)
             spent = cpu_of_all(target.url) - begin
             row[name]["cpu_ms"] = spent / (target.asked - asked)
             print(name, row[name], file=sys.stderr, flush=True)
