@@ -3,7 +3,7 @@
 `api.py` opens what they need and says who is learned from.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -21,6 +21,7 @@ from hydra_llm.rerank import record_text
 from hydra_llm.side_features import Featurizer
 from hydra_llm.training.adaptive import Label, Rounds, in_turns, judge_by_refit, judge_by_votes
 from hydra_llm.training.choosing import choose_sampling, chosen_over, judged, some_of_each
+from hydra_llm.training.convex import UserHeads
 from hydra_llm.training.dataset import LabelledGroup
 from hydra_llm.training.gate import fit_gate
 from hydra_llm.training.labelling import (
@@ -47,7 +48,7 @@ from hydra_llm.training.train_scorer import (
     train_scorer,
 )
 from hydra_llm.training.word_model import TOO_FEW, WordModels, learn_word_model
-from hydra_llm.types import Overlaid, Query, StageCost
+from hydra_llm.types import Overlaid, Query, Record, StageCost
 
 RERANKER, ADAPTER = "reranker", "adapter"
 ADAPTER_LABELS = "labelling"  # the report's entry on adaptive labelling
@@ -58,6 +59,7 @@ SKIPPED = {  # why none is learned where all gains are equal
     ADAPTER: "no two candidates of a query differed in what they were worth",
 }
 NO_LLM = "no LLM was given"
+BLOCK_RECORDS = 10_000  # about how many are labelled and fitted at once: 400 MB of features
 
 
 @dataclass(frozen=True)
@@ -267,30 +269,57 @@ class Work:
         """The users' heads of each scorer, on weak labels where there are some."""
         learned, users = self.learned, self.learned.users
         for name in (name for name in (RERANKER, ADAPTER) if name in learned.bundle.scorers):
-            plain, bundle = self.plain(name), learned.bundle
-            groups, of_llm = _weak_groups(name, plain, bundle.featurizer, users), name == ADAPTER
-            of_choices = all(group.exact for group in groups)  # records need the LLM beside them
-            if bundle.word_model and bundle.settings.fit_labels == "history":
-                of_llm = False
-            if of_choices and (of_llm or bundle.settings.reranker_labels == "llm"):
-                collected = await self.collect(name, plain, users)
-                groups += collected.groups(bundle.featurizer)
-            started = perf_counter()
-            labelled = head_data(bundle, name, groups)
-            encoded = perf_counter()
-            heads = solve_heads(bundle, name, labelled, users)
-            learned.solved[f"fit {name}"] = perf_counter() - encoded
+            bundle, plain, asks = learned.bundle, self.plain(name), self.asks_to_fit(name)
+            stage, seconds, heads = f"fit {name}", 0.0, UserHeads()
+            learned.solved[stage] = 0.0
+            # With an LLM all at once: its calls take longer than all else, and are told together.
+            for block in [users] if asks else blocks(users, bundle.records):
+                groups = _weak_groups(name, plain, bundle.featurizer, block)
+                if asks:
+                    collected = await self.collect(name, plain, block)
+                    groups += collected.groups(bundle.featurizer)
+                started = perf_counter()
+                labelled, encoded = head_data(bundle, name, groups), perf_counter()
+                heads |= solve_heads(bundle, name, labelled, block)
+                solved = perf_counter()
+                learned.solved[stage] += solved - encoded
+                seconds += solved - started
+                self.progress(stage, len(heads), len(users))
             own = Overlaid(heads, bundle.heads.get(name, {}))
             learned.bundle = replace(bundle, heads={**bundle.heads, name: own})
-            learned.stages[f"fit {name}"] = StageCost(len(users), perf_counter() - started)
+            learned.stages[stage] = StageCost(len(users), seconds)
         bundle = learned.bundle
         # Encode what the reranker reads of these users: else their first question waits for it.
         if bundle.reranker is not None and not bundle.reranker.interaction.reads_pairs:
-            records = chain(*(bundle.records[user] for user in users))
             with_answer = bundle.settings.record_answer
-            bundle.features.texts(
-                [record_text(record, with_answer=with_answer) for record in records]
-            )
+            for block in blocks(users, bundle.records):
+                records = chain(*(bundle.records[user] for user in block))
+                texts = [record_text(record, with_answer=with_answer) for record in records]
+                bundle.features.texts(texts)
+
+    def asks_to_fit(self, name: str) -> bool:
+        """Whether heads of this scorer are fitted to what the LLM does, beside recorded choices."""
+        bundle, of_llm = self.learned.bundle, self.learned.bundle.settings.reranker_labels == "llm"
+        if name == RERANKER:
+            return of_llm
+        by_words = bundle.word_model is not None and bundle.settings.fit_labels == "history"
+        return not offers_all(bundle.task, bundle.settings) and (of_llm or not by_words)
+
+
+def blocks(
+    users: Sequence[str], records: Mapping[str, Sequence[Record]], most: int = BLOCK_RECORDS
+) -> Iterator[list[str]]:
+    """The users in order, as many at once as have about `most` records: what is made of them fits
+    into memory, however many there are.
+    """
+    block, count = list[str](), 0
+    for user in users:
+        block, count = [*block, user], count + len(records.get(user, ()))
+        if count >= most:
+            yield block
+            block, count = [], 0
+    if block:
+        yield block
 
 
 def _weak_groups(
