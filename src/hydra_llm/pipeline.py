@@ -90,19 +90,15 @@ class Pipeline:
 
     def belongs(self, context: Context, *, in_task_words: bool = True) -> bool:
         """Whether the question may see records; always if the task's own instruction asks it."""
-        return self._gate(in_task_words).belongs(context)
+        return self.gate_for(in_task_words).belongs(context)
 
     def relevant(
         self, context: Context, ranked: Sequence[Ranked], *, in_task_words: bool = True
     ) -> list[Ranked]:
         """The records that are worth more than none; all if the task's own instruction asks."""
-        return self._gate(in_task_words).relevant(context, ranked)
+        return self.gate_for(in_task_words).relevant(context, ranked)
 
-    def judges_vectors(self, in_task_words: bool) -> bool:
-        """Whether the gate compares vectors."""
-        return self._gate(in_task_words).reads_vectors
-
-    def _gate(self, in_task_words: bool) -> Gate:
+    def gate_for(self, in_task_words: bool) -> Gate:
         mode = self.settings.gate
         return OpenGate() if mode == "off" or (mode == "auto" and in_task_words) else self.gate
 
@@ -132,7 +128,7 @@ class Pipeline:
 
     def shown_beside(self, context: Context, *, in_task_words: bool = True) -> list[list[Ranked]]:
         """The records of each other prompt; none where the LLM is asked for one answer."""
-        settings, gate = self.settings, self._gate(in_task_words)
+        settings, gate = self.settings, self.gate_for(in_task_words)
         others = self.beside if settings.samples > 1 else ()
         seen, most = (context.query, context.visible), settings.retrieved
         found = [(own.k, own.retriever.retrieve(*seen, max(most, own.k))) for own in others]

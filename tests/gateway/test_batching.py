@@ -77,7 +77,7 @@ async def test_an_idle_job_waits_while_a_request_is_worked_on(
     batcher.close()
 
 
-async def test_an_idle_job_has_its_turn_however_many_requests_there_are(
+async def test_an_idle_job_has_its_turn_among_any_number_of_requests(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(batching, "IDLE_SECONDS", 0.0)

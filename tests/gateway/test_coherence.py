@@ -135,9 +135,7 @@ async def test_a_listener_that_was_cut_off_misses_nothing(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("only_told")
-async def test_notifications_come_again_after_a_restart_of_the_database(
-    bundles: dict[str, Path],
-) -> None:
+async def test_notifications_come_again_after_a_database_restart(bundles: dict[str, Path]) -> None:
     with postgresql() as (store, programs, data):
         async with two(store, bundles["titles"]) as (first, second):
             await asyncio.to_thread(with_postgres.restart, programs, data)
@@ -209,9 +207,7 @@ def test_what_a_server_does_not_use_it_does_not_keep(store: Store) -> None:
 
 
 @pytest.mark.slow
-async def test_workers_count_requests_together_also_one_that_takes_a_killed_ones_place(
-    url: str,
-) -> None:
+async def test_workers_count_requests_together_also_a_new_one(url: str) -> None:
     limit = ["--set", "requests_per_minute=6"]
     with served("--llm", "fake:echo", "--store", url, "--workers", "2", *limit) as (process, at, _):
         until(lambda: len(children(process.pid)) == 2)

@@ -909,7 +909,7 @@ async def test_a_history_never_encoded_is_prefetched_at_first_answer(
 
 
 @pytest.mark.parametrize(("gate", "encoded"), [("off", 0), ("always", 1)])
-async def test_a_first_request_encodes_its_question_if_something_compares_it(
+async def test_a_first_request_encodes_a_question_that_is_compared(
     store: Store,
     bundles: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,

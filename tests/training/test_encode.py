@@ -79,7 +79,7 @@ def test_learning_and_fitting_report_what_they_encode(
 
 
 @pytest.mark.slow
-def test_a_bundle_scores_in_another_precision_and_is_not_fitted_in_it(
+def test_a_bundle_scores_in_another_precision_but_is_not_fitted(
     data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_minilm: None
 ) -> None:
     reports: Reports = []
@@ -179,7 +179,7 @@ def test_a_terminal_shows_the_rate_and_the_time_that_remains(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_bundle_that_knows_texts_by_their_vectors_has_one_precision(
+def test_a_bundle_that_knows_texts_by_vectors_has_one_precision(
     data: DataSet, tmp_path: Path, shared_minilm: None
 ) -> None:
     bundle = learned(data, tmp_path, [])

@@ -47,6 +47,7 @@ from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request
 
 UNREAD = ("disabled", "no-question")  # reasons of which no user was read
+FAILED = (("retriever", "scoring-failure"), ("scoring", "overloaded"))  # part, reason: by overload
 RECORDS_REFUSED = (400, 413, 422)  # statuses of an upstream that may not take the records
 
 
@@ -163,12 +164,12 @@ class Gateway:
         )
         search.span = self.telemetry.tracing.parent
         try:
-            how: Any = {"user": name, "texts": search.texts, "pairs": search.pairs}
-            await deployment.batcher.run(search.run, **how)
+            read: Any = {"texts": search.texts, "pairs": search.pairs}
+            await deployment.batcher.run(search.run, user=name, **read)
         except Exception as error:
-            busy = isinstance(error, Overloaded)
-            self.telemetry.failed("scoring" if busy else "retriever", error)
-            raise NotPersonal("overloaded" if busy else "scoring-failure") from None
+            part, reason = FAILED[isinstance(error, Overloaded)]
+            self.telemetry.failed(part, error)
+            raise NotPersonal(reason) from None
         if not search.context.visible:
             raise NotPersonal("no-history")
         if not search.warm:

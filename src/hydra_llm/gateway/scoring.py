@@ -70,7 +70,7 @@ class RecordSearch:
 
     def texts(self) -> list[str]:
         """The question, if a stage compares its vector: else nobody waits for that."""
-        judged = self.gated and self.deployment.pipeline.judges_vectors(self.in_task_words)
+        judged = self.gated and self.deployment.pipeline.gate_for(self.in_task_words).reads_vectors
         return [self.question] if self.warm or judged else []
 
     def pairs(self) -> list[tuple[str, str]]:
