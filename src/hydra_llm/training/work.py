@@ -158,10 +158,15 @@ class Work:
         if name == ADAPTER or asks_of_records(bundle.settings):
             collected = await self.collect(name, plain, users[: bundle.settings.labelled_users])
 
-        def groups(featurizer: Featurizer) -> list[LabelledGroup]:
+        def made(featurizer: Featurizer) -> list[LabelledGroup]:
             return [*collected.groups(featurizer), *_weak_groups(name, plain, featurizer, users)]
 
-        if not any(len(set(group.gains)) > 1 for group in groups(bundle.featurizer)):
+        first = made(known := bundle.featurizer)
+
+        def groups(featurizer: Featurizer) -> list[LabelledGroup]:
+            return first if featurizer is known else made(featurizer)
+
+        if not any(len(set(group.gains)) > 1 for group in first):
             learned.report(**{name: {"skipped": SKIPPED[name]}})
             learned.notes.append(f"no {name} was learned: {SKIPPED[name]}")
             return None
