@@ -1,6 +1,7 @@
 """`hydra-llm learn`, `fit` and `ask`: learn a bundle, add users to it, answer with it."""
 
 import sys
+from collections import ChainMap
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -132,7 +133,7 @@ def ask(
     loaded, settings = options.open_bundle(bundle, k=k, **vars(selection))
     personalizer = loaded.personalizer(open_llm(llm, settings), settings)
     if limit is not None and user in loaded.records:
-        latest = {**loaded.records, user: loaded.records[user][-limit:]}
+        latest = ChainMap({user: loaded.records[user][-limit:]}, loaded.records)
         personalizer = replace(personalizer, records=latest)
     answer = personalizer.answer(sys.stdin.read().strip() if text == "-" else text, user=user)
     for note in answer.proposal.notes:

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -33,6 +34,7 @@ from safetensors.torch import load_file, save
 from hydra_llm import __version__
 from hydra_llm.errors import BundleError
 from hydra_llm.model.encoder import Encoder, open_encoder
+from hydra_llm.rows import Rows
 from hydra_llm.types import ALWAYS, Choice, Record
 
 FORMAT = 4
@@ -148,14 +150,10 @@ def _replace(folder: Path, files: BundleFiles) -> str:
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in files.tensors.items()
     }
-    records = [asdict(record) for user in files.records.values() for record in user]
-    for record in records:
-        record["span"] = None if record["span"] == ALWAYS else record["span"]
-    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
     try:
         content.mkdir()
         (content / WEIGHTS).write_bytes(save(tensors))
-        (content / HISTORY).write_bytes(gzip.compress(lines, compresslevel=6, mtime=0))
+        _write_history(content / HISTORY, files.records)
         (content / CARD).write_text(files.card, encoding="utf-8")
         if files.encoder is not None:
             files.encoder.save(content / ENCODER)
@@ -168,6 +166,17 @@ def _replace(folder: Path, files: BundleFiles) -> str:
         return str(config["sha256"])
     finally:
         _remove_stale(folder)
+
+
+def _write_history(path: Path, records: Mapping[str, Sequence[Record]]) -> None:
+    """A record a line, user by user. Equal records are equal files: no name and no time inside."""
+    zipped = partial(gzip.GzipFile, "", "wb", 6, mtime=0)
+    with path.open("wb") as raw, zipped(fileobj=raw) as stream:
+        for own in records.values():
+            for record in own:
+                values = asdict(record)
+                values["span"] = None if record.span == ALWAYS else record.span
+                stream.write(json.dumps(values).encode() + b"\n")
 
 
 def _remove_stale(folder: Path) -> None:
@@ -270,14 +279,19 @@ def _read(folder: Path, text: bytes) -> BundleFiles:
         card = (content / CARD).read_text(encoding="utf-8")
         with _reported(content / WEIGHTS, "damaged", errors=(SafetensorError,)):
             tensors = load_file(content / WEIGHTS)
-        records: dict[str, list[Record]] = {}
+        records = Rows(_records)
         errors = (EOFError, ValueError, TypeError, KeyError, gzip.BadGzipFile, zlib.error)
-        with _reported(content / HISTORY, "damaged", errors=errors):
-            for line in gzip.decompress((content / HISTORY).read_bytes()).splitlines():
-                values = json.loads(line)
-                record = _record(values)
-                records.setdefault(record.user, []).append(record)
+        with (
+            _reported(content / HISTORY, "damaged", errors=errors),
+            gzip.open(content / HISTORY) as lines,
+        ):
+            for line in lines:
+                records.add_line(_record(json.loads(line)).user, line.rstrip())
         return BundleFiles(config, tensors, records, card, _load_encoder(content, config))
+
+
+def _records(user: str, rows: list[dict[str, Any]]) -> list[Record]:
+    return [_record(values) for values in rows]
 
 
 def _record(values: dict[str, Any]) -> Record:

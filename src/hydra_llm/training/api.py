@@ -7,7 +7,8 @@ Both change none of their arguments. LLM calls go through the cache: a stopped r
 it was. `learn` and `fit` are the same from sync code.
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import random
+from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, wraps
 from itertools import chain
@@ -20,7 +21,6 @@ from hydra_llm.datasets.dataset import DataSet, offered
 from hydra_llm.datasets.native import load
 from hydra_llm.datasets.verdicts import doubts
 from hydra_llm.errors import DataError, SettingsError, UnknownUser
-from hydra_llm.history import in_order
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.concurrency import Progress, StageProgress, run_sync
 from hydra_llm.llm.none import NONE, is_none
@@ -32,9 +32,10 @@ from hydra_llm.side_features import fit_stats
 from hydra_llm.tasks.base import Task
 from hydra_llm.training.labelling import asked_about
 from hydra_llm.training.learned import Learned
+from hydra_llm.training.resume import SampleCheckpoint
 from hydra_llm.training.strengths import Strengths
 from hydra_llm.training.train_scorer import silent
-from hydra_llm.training.work import Work, overlaid
+from hydra_llm.training.work import ADAPTER, Work, overlaid
 from hydra_llm.types import Record
 
 T = TypeVar("T")
@@ -67,19 +68,32 @@ async def alearn(
         check_place(Path(out))
     settings, data, model = _opened(dataset, llm, settings)
     users = data.users("train")[: settings.users]
-    records = {user: data.answered(user) for user in users if data.history(user)}
+    known = data.with_records("train")
+    known = [user for user in known if user in set(users)] if settings.users else known
+    records = data.all_answered(known)
     _check_learnable(model, data.task, records)
     _warn(data, warn)
-    blank = blank_bundle(data.task, model, settings, records, partial(progress, "encode texts"))
+    base = sampled_users(known, settings)
+    blank = blank_bundle(
+        data.task, model, settings, records, partial(progress, "encode texts"), base
+    )
     notes = _lacking(users, records, "have no records and were left out")
-    learned = Learned(replace(blank, trained_on=tuple(records)), tuple(records), notes=notes)
-    asked = asked_about(data, settings, learned.users[: settings.labelled_users])
-    await Work(learned, model, progress, out, strengths, asked).learn(first)
+    learned = Learned(replace(blank, trained_on=tuple(base)), tuple(base), notes=notes)
+    asked = asked_about(data, settings, base[: settings.labelled_users])
+    work = Work(learned, model, progress, out, strengths, asked)
+    checkpoint = SampleCheckpoint.of(learned, out) if len(base) < len(known) else None
+    if checkpoint is None or not checkpoint.resume(learned):
+        await work.learn(first)
+    if checkpoint is not None:
+        _tell_sample(learned, len(known))
+        await work.fit_others(known, checkpoint)
     blank.features.encoder.progress = None
-    counts = {"users": len(records), "calls": learned.usage.calls, "cached": learned.usage.cached}
+    counts = {"users": len(known), "calls": learned.usage.calls, "cached": learned.usage.cached}
     learned.report(**counts, stages=learned.stages_json())
     if out is not None:
         learned.bundle.save(out)
+        if checkpoint is not None:
+            checkpoint.remove()
     return learned
 
 
@@ -110,10 +124,10 @@ async def afit(
     if unknown := [name for name in names if name not in data.splits]:
         known = f"the data set has {len(data.splits)} users, see `hydra-llm data check`"
         raise UnknownUser(f"unknown user '{unknown[0]}': {known}")
-    own = {name: in_order(data.history(name)) for name in names}
-    notes = _lacking(names, own, "have no records: they get the shared head")
+    own = data.histories(names)
+    lacking = _lacking(names, set(data.with_records()), "have no records: they get the shared head")
     given = replace(given, records=overlaid(given.records, own))
-    learned = Learned(given, tuple(names), notes=notes)
+    learned = Learned(given, tuple(names), notes=lacking)
     await Work(learned, model, progress).fit()
     if not isinstance(bundle, Bundle):
         learned.bundle.save(bundle)
@@ -140,15 +154,40 @@ def blank_bundle(
     settings: Settings,
     records: Mapping[str, Sequence[Record]],
     progress: Progress | None = None,
+    base: Sequence[str] | None = None,
 ) -> Bundle:
-    """A bundle that has learned nothing: all that prompts need. `progress` is the encoder's."""
+    """A bundle that has learned nothing: all that prompts need. `progress` is the encoder's;
+    `base` are the users whose statistics count, by default all.
+    """
     encoder = open_encoder(
         settings.encoder, pooling=settings.pooling, max_length=settings.max_length
     )
     encoder.progress = progress
     store = FeatureCache(encoder, settings.cache / "features.sqlite")
-    stats = fit_stats(task, store, list(records.values()))
+    of_users = records if base is None else base
+    stats = fit_stats(task, store, [records[user] for user in of_users])
     return Bundle(task, settings, dict(llm.identity), store, stats, records=records)
+
+
+def sampled_users(users: Sequence[str], settings: Settings) -> list[str]:
+    """Those from whom all that is shared is learned, in order: all, or `base_users` by lot."""
+    if len(users) <= settings.base_users:
+        return list(users)
+    places = random.Random(settings.training_seed).sample(range(len(users)), settings.base_users)
+    return [users[place] for place in sorted(places)]
+
+
+def _tell_sample(learned: Learned, users: int) -> None:
+    """What was learned from a sample of so many users, with the errors that come of it."""
+    drawn = len(learned.bundle.trained_on)
+    of_adapter = learned.bundle.report.get(ADAPTER, {})
+    note = f"all that users share was learned from {drawn} of {users} users, drawn by lot"
+    if (error := of_adapter.get("prior_error")) is not None:
+        note += f"; relative standard error of the prior's covariance {error:.2f}"
+    if (error := of_adapter.get("loss_user_error")) is not None:
+        note += f", of the held-out loss {error:.4f}"
+    learned.notes.append(note)
+    learned.report(base_users=drawn)
 
 
 def _opened(
@@ -177,7 +216,7 @@ def _warn(data: DataSet, warn: Callable[[str], None]) -> None:
         warn(f"data {doubt.severity}: {doubt}")
 
 
-def _lacking(users: Sequence[str], records: Mapping[str, Sequence[Record]], fate: str) -> list[str]:
-    without = [user for user in users if not records.get(user)]
+def _lacking(users: Sequence[str], known: Container[str], fate: str) -> list[str]:
+    without = [user for user in users if user not in known]
     named = ", ".join(without[:3]) + (", …" if len(without) > 3 else "")
     return [f"{len(without)} of {len(users)} users {fate} ({named})"] if without else []

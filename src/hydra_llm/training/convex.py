@@ -10,7 +10,6 @@ changed. Knows no texts and no LLM.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor

@@ -100,7 +100,10 @@ def fit_scorer(
     scorer.prior_precision = torch.tensor(report.precision)
     scorer.head.tune(map(base.problems_of, base.folds), len(base.folds))
     if base.folds:
-        evaluate_held_out(scorer, base.held_out(plain, TrainingSet.prequential_splits), report)
+        report.prior_error = base.error_of_prior()
+        held_out = base.held_out(plain, TrainingSet.prequential_splits)
+        evaluate_held_out(scorer, held_out, report)
+        report.loss_user_error = _error_of_loss(scorer, held_out)
         calibrate(scorer, base.held_out(data, base.calibration_splits), report)
     base.fit(plain)
     base.steps.finish()
@@ -148,6 +151,14 @@ def error_by_users(values: Tensor, users: Sequence[str]) -> Tensor:
     owner = torch.tensor([number[user] for user in users], dtype=torch.long)
     sums = torch.zeros(len(number)).index_add_(0, owner, values - values.mean())
     return sums.square().sum().sqrt() / len(values)
+
+
+def _error_of_loss(scorer: Scorer, held_out: Sequence[HeldOut]) -> float:
+    """The standard error, over users, of the mean loss of a group with its user's own head."""
+    if not held_out:
+        return math.nan
+    values = torch.cat([group_losses(scorer, part.late, part.own) for part in held_out])
+    return float(error_by_users(values, [user for part in held_out for user in part.late.users]))
 
 
 class _Steps:
@@ -216,6 +227,20 @@ class _Base(NamedTuple):
         for step, basis in enumerate(learning, 1):
             self.known[id(train), ridge, step] = State.of(self.scorer)
             yield basis
+
+    def error_of_prior(self) -> float:
+        """The relative standard error of Σ = SᵀS (Frobenius norm) by the delete-a-group jackknife
+        (Kott 2001): each fold's was learned without its part of the users. NaN: none is learned.
+        """
+        ridge, steps = self.report.prior_ridge, self.report.prior_steps
+        states = [self.known.get((id(fold.train), ridge, steps)) for fold in self.folds]
+        bases = [state.basis for state in states if state is not None and state.basis is not None]
+        if not steps or len(bases) < 2:
+            return math.nan
+        inner = torch.tensor([[(a @ b.T).square().sum() for b in bases] for a in bases])  # of Σs
+        count, mean = len(bases), inner.mean()  # the squared norm of the mean of the Σs
+        variance = (count - 1) / count * (inner.trace() - count * mean)
+        return float((variance / mean).clamp_min(0).sqrt())
 
     def problems_of(self, fold: _Fold) -> Iterator[HeadProblem]:
         """Each held-out user's problem under the base of the others."""

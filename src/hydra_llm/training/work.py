@@ -16,7 +16,7 @@ from hydra_llm.bundle import Bundle
 from hydra_llm.errors import LLMError
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.concurrency import StageProgress
-from hydra_llm.llm.none import is_none
+from hydra_llm.llm.none import NoLLM, is_none
 from hydra_llm.model.upgrade import reranker_helps
 from hydra_llm.pipeline import UserPipeline
 from hydra_llm.rerank import record_text
@@ -38,6 +38,7 @@ from hydra_llm.training.labelling import (
     weak_reranker_groups,
 )
 from hydra_llm.training.learned import Learned
+from hydra_llm.training.resume import SampleCheckpoint
 from hydra_llm.training.strengths import Strengths
 from hydra_llm.training.train_scorer import (
     LabelledData,
@@ -50,6 +51,7 @@ from hydra_llm.training.word_model import TOO_FEW, WordModels, learn_word_model
 from hydra_llm.types import StageCost
 
 T = TypeVar("T")
+CHUNK_USERS = 500  # whose heads are fitted at once: bounds memory
 RERANKER, ADAPTER = "reranker", "adapter"
 STAGES = {RERANKER: "label records", ADAPTER: "label candidates"}
 WORD_STAGE, CHOICE_STAGE = "fit word model", "choose sampling"
@@ -62,9 +64,10 @@ NO_LLM = "no LLM was given"
 
 def overlaid(old: Mapping[str, T], new: Mapping[str, T]) -> Mapping[str, T]:
     """Both, `new` first, without a copy of what may be a million users'."""
-    if isinstance(old, ChainMap):
-        return ChainMap({**old.maps[0], **new}, *old.maps[1:])
-    return ChainMap(dict(new), old)  # type: ignore[arg-type]  # nobody writes to the second
+    first = dict(new) if len(new) <= CHUNK_USERS else new
+    if isinstance(old, ChainMap) and isinstance(first, dict) and isinstance(old.maps[0], dict):
+        return ChainMap({**old.maps[0], **first}, *old.maps[1:])
+    return ChainMap(first, old)  # type: ignore[arg-type]  # nobody writes to them
 
 
 @dataclass(frozen=True)
@@ -227,8 +230,33 @@ class Work:
         learned.bundle = bundle
 
     async def fit(self) -> None:
-        """The users' heads of each scorer, on weak labels where there are some."""
-        learned, users = self.learned, self.learned.users
+        """The users' heads of each scorer, on weak labels where there are some; where no LLM is
+        asked, so many users at a time as memory allows.
+        """
+        users = self.learned.users
+        size = CHUNK_USERS if is_none(self.llm) else max(1, len(users))
+        for start in range(0, max(1, len(users)), size):
+            await self._fit(users[start : start + size])
+            if size < len(users):
+                self.progress("fit heads", min(start + size, len(users)), len(users))
+
+    async def fit_others(self, users: Sequence[str], checkpoint: SampleCheckpoint) -> None:
+        """The heads of those among these users from whom nothing shared was learned, by their
+        histories alone: the LLM is not asked. Goes on where the checkpoint ends.
+        """
+        learned = self.learned
+        done = set(learned.bundle.trained_on).union(*learned.bundle.heads.values())
+        missing, others = [user for user in users if user not in done], replace(self, llm=NoLLM())
+        checkpoint.write(learned)
+        for start in range(0, len(missing), CHUNK_USERS):
+            chunk = missing[start : start + CHUNK_USERS]
+            await others._fit(chunk)
+            checkpoint.write_now_and_then(learned)
+            self.progress("fit heads", len(users) - len(missing) + start + len(chunk), len(users))
+        learned.users = tuple(users)
+
+    async def _fit(self, users: Sequence[str]) -> None:
+        learned = self.learned
         for name in (name for name in (RERANKER, ADAPTER) if name in learned.bundle.scorers):
             plain, bundle = self.plain(name), learned.bundle
             groups, of_llm = _weak_groups(name, plain, bundle.featurizer, users), name == ADAPTER
@@ -242,10 +270,13 @@ class Work:
             labelled = head_data(bundle, name, groups)
             encoded = perf_counter()
             heads = solve_heads(bundle, name, labelled, users)
-            learned.solved[f"fit {name}"] = perf_counter() - encoded
+            stage, ended = f"fit {name}", perf_counter()
+            learned.solved[stage] = learned.solved.get(stage, 0.0) + ended - encoded
             own = overlaid(bundle.heads.get(name, {}), heads)
             learned.bundle = replace(bundle, heads={**bundle.heads, name: own})
-            learned.stages[f"fit {name}"] = StageCost(len(users), perf_counter() - started)
+            before = learned.stages.get(stage, StageCost(0, 0.0))
+            seconds = before.seconds + ended - started
+            learned.stages[stage] = StageCost(before.users + len(users), seconds)
         bundle = learned.bundle
         # Encode what the reranker reads of these users: else their first question waits for it.
         if bundle.reranker is not None and not bundle.reranker.interaction.reads_pairs:
