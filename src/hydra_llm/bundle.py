@@ -40,7 +40,6 @@ from hydra_llm.retrieve import make_retriever, prompt_records
 from hydra_llm.select import FirstCandidate, LearnedSelector, Selector
 from hydra_llm.side_features import Featurizer
 from hydra_llm.tasks.base import CohortStats, Task
-from hydra_llm.types import Record
 
 WORDS = "words"  # prefix of the word model's tensors
 CARD_WARNING = """
@@ -237,7 +236,8 @@ class Bundle:
         config, scorers, heads = files.config, dict[str, Scorer](), dict[str, HeadMatrix]()
         settings = Settings.checked({**config["settings"], **machine})
         shares = tuple(config["population"]["label_shares"])
-        lacking: dict[str, list[Record]] = {user: [] for user in config.get("without_records", ())}
+        lacking: Any = {user: [] for user in config.get("without_records", ())}
+        read: Any = files.records  # nobody writes to it
         words = {key: value.numpy() for key, value in tensors_of(WORDS, files.tensors).items()}
         for name, entry in config["scorers"].items():
             tensors = tensors_of(name, files.tensors)
@@ -254,7 +254,7 @@ class Bundle:
             gate=GateWeights.restore(config.get("gate"), files.tensors.get("gate.weights")),
             word_model=WordModel.restore(config.get("word_model"), words),
             use_reranker=config["use_reranker"],
-            records=ChainMap(lacking, files.records),
+            records=ChainMap(lacking, read),
             trained_on=tuple(config["trained_on"]),
             report=config["report"],
             weights=config["files"]["weights.safetensors"]["sha256"],
