@@ -34,8 +34,11 @@ class Lazy(Mapping[str, T], Generic[T]):
             raise KeyError(user)
         with self._lock:
             if user not in self._latest:
-                self._latest[user] = self._value(user)
+                self._latest[user] = self._made(user)
             return self._latest[user]
+
+    def _made(self, user: str) -> T:
+        return self._value(user)
 
     def __contains__(self, user: object) -> bool:
         return user in self._users
@@ -47,11 +50,16 @@ class Lazy(Mapping[str, T], Generic[T]):
         return len(self._users)
 
 
+def _nothing(user: str) -> list[Any]:
+    return []
+
+
 class Rows(Lazy[list[T]], Generic[T]):
     """Each user's rows, in the order in which they were added; `parse` makes values of them."""
 
     def __init__(self, parse: Callable[[str, list[Any]], list[T]]):
-        super().__init__((), lambda user: parse(user, self.raw(user)))
+        super().__init__((), _nothing)
+        self._parse = parse
         self._file = SpooledTemporaryFile(MEMORY_BYTES)  # noqa: SIM115  # closed with its last user
         self._runs: dict[str, array[int]] = {}  # user → where runs of lines start and end, in turn
         self._counts: dict[str, int] = {}
@@ -74,6 +82,9 @@ class Rows(Lazy[list[T]], Generic[T]):
             self._counts[user] = self._counts.get(user, 0) + 1
             self._users[user] = None
             self._latest.pop(user, None)
+
+    def _made(self, user: str) -> list[T]:
+        return self._parse(user, self.raw(user))
 
     def count(self, user: str) -> int:
         """How many rows a user has."""

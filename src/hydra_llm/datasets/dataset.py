@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -26,7 +26,7 @@ Part = Literal["history", "queries"]
 PARTS: tuple[Part, ...] = ("history", "queries")
 FIELDS = ("user", "id", "time", "input", "output")
 Fields = Mapping[str, Any]  # the `FIELDS` of an entry, all texts; of a choice `candidates` too
-KNOWN_IDS = 50_000  # users whose ids stay in memory while entries are added
+KNOWN_IDS = 10_000  # users whose ids stay in memory while entries are added
 Report = Callable[[DataError], None]  # raises a fault (`stop`), or keeps it (`data check`)
 
 Entry = TypeVar("Entry", Record, Query)
@@ -229,7 +229,8 @@ class Builder:
 
     def __init__(self, task: Task, splits: Mapping[str, Split]):
         self.task, self.splits = task, dict(splits)
-        self._history, self._queries = Rows(_as_records), Rows(self._as_queries)
+        self._history = Rows(_as_records)
+        self._queries = Rows(partial(_as_queries, self._history))
         self._rows: dict[Part, Rows[Any]] = {"history": self._history, "queries": self._queries}
         self._ids: LRUCache[tuple[Part, str], set[str]] = LRUCache(KNOWN_IDS)
 
@@ -287,12 +288,13 @@ class Builder:
         """The data set of all entries taken. A user's queries come after all of its history."""
         return DataSet(self.task, self.splits, self._history, self._queries, notes)
 
-    def _as_queries(self, user: str, rows: Iterable[list[Any]]) -> list[Query]:
-        return _parse(user, rows, self._history.count(user))
-
 
 def _as_records(user: str, rows: Iterable[list[Any]]) -> list[Record]:
     return [as_record(query, query.id) for query in _parse(user, rows, 0)]
+
+
+def _as_queries(history: Rows[Record], user: str, rows: Iterable[list[Any]]) -> list[Query]:
+    return _parse(user, rows, history.count(user))
 
 
 def _parse(user: str, rows: Iterable[list[Any]], first: int) -> list[Query]:
