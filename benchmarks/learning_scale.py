@@ -1,7 +1,7 @@
 """Memory and CPU time of `hydra-llm learn` and `fit` by the number of users.
 
-    python benchmarks/learning_scale.py [--users 100 1000 10000] [--records 50] [--texts 100000]
-        [--out FILE.json] [--plot FILE.svg] [--json]
+    python benchmarks/learning_scale.py [--users 100 1000 10000] [--records 50] [--texts 20000]
+        [--base-users 500] [--out FILE.json] [--plot FILE.svg] [--json]
 
 For each number of users a data set is generated (`simulated_users.write_simulated`: a task with two
 labels, no LLM), a bundle is learned from them, and heads of a tenth as many new users are fitted
@@ -64,15 +64,19 @@ def fill(cache: Path, texts: Sequence[str]) -> None:
     store.close()
 
 
-def measured(work: Path, pool: Pool, users: int, records: int, seed: int) -> Point:
+def measured(work: Path, pool: Pool, users: int, args: argparse.Namespace) -> Point:
     """The peaks and CPU seconds of learning from so many users, and of fitting a tenth as many."""
+    records, base = args.records, args.base_users
     data, bundle = work / f"data-{users}", work / f"bundle-{users}"
     new = max(1, users // 10)
-    write_simulated(data, pool, users, records, new=new, seed=seed)
+    write_simulated(data, pool, users, records, new=new, seed=args.seed)
     point: Point = {"users": users, "new": new, "records": records, "texts": len(pool.texts)}
+    point["base_users"] = min(base, users)
     log = work / "log.json"
     for name in ("learn", "fit"):
-        place = ["--out", str(bundle)] if name == "learn" else ["--bundle", str(bundle)]
+        place = ["--bundle", str(bundle)]
+        if name == "learn":
+            place = ["--out", str(bundle), "--set", f"training.base_users={base}"]
         command = [sys.executable, "-m", "hydra_llm", name, str(data), *place, "--json"]
         with log.open("w") as out:
             begin = time.perf_counter()
@@ -132,7 +136,8 @@ def main() -> None:
     parser = options(__doc__, runs=1)
     parser.add_argument("--users", type=int, nargs="+", default=[100, 1000, 10_000])
     parser.add_argument("--records", type=int, default=50)
-    parser.add_argument("--texts", type=int, default=100_000)
+    parser.add_argument("--texts", type=int, default=20_000)
+    parser.add_argument("--base-users", type=int, default=500, help="training.base_users")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
@@ -141,7 +146,7 @@ def main() -> None:
         pool = Pool.of(args.texts, args.seed)
         fill(Path(folder), [*pool.texts, *generic_requests()])
         for users in args.users:
-            points[users] = measured(Path(folder), pool, users, args.records, args.seed)
+            points[users] = measured(Path(folder), pool, users, args)
             print(line(points[users]), file=sys.stderr, flush=True)
             save(args, list(points.values()))
     ordered = [points[users] for users in sorted(points)]

@@ -67,9 +67,8 @@ async def alearn(
     if out is not None:
         check_place(Path(out))
     settings, data, model = _opened(dataset, llm, settings)
-    users = data.users("train")[: settings.users]
-    known = data.with_records("train")
-    known = [user for user in known if user in set(users)] if settings.users else known
+    users, with_records = data.users("train")[: settings.users], set(data.with_records("train"))
+    known = [user for user in users if user in with_records]
     records = data.all_answered(known)
     _check_learnable(model, data.task, records)
     _warn(data, warn)
