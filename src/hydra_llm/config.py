@@ -132,9 +132,7 @@ class Training(Group):
     labelled_users: int | None = Field(default=None, ge=0)
     """Training users whose pairs the LLM labels; the others' labels are weak; None is all."""
     base_users: int = Field(default=2000, ge=1)
-    """Training users, drawn by lot, from whom all that users share is learned: heads of the others
-    are fitted to their histories.
-    """
+    """Training users, by lot, from whom all that is shared is learned; others get heads alone."""
     fit_labels: Literal["history", "llm"] = "history"
     """New users' adapter heads for free texts with a word model. history: the shared head, no LLM
     calls: the word model reads their records; llm: fitted to the LLM's samples for their records.
@@ -332,9 +330,7 @@ CHANGEABLE = {"prompt_style", "greedy_first", "parsing", "rerank", "vote_share",
 CHANGEABLE |= {"candidate_prompts"}
 _LEARNED = {"users", "labelled_users", "base_users", *Model.model_fields, *Research.model_fields}
 FIXED = frozenset(_LEARNED - CHANGEABLE)
-"""Settings that are fixed when a bundle is learned: features, scorers, heads and their training.
-`fit`, `ask` and `bench run` may change the others: LLM calls and the selection of answers.
-"""
+"""Fixed when a bundle is learned; `fit`, `ask` and `bench run` may change the others."""
 
 
 def load_settings(preset: str | None = None, file: Path | None = None, **given: Any) -> Settings:

@@ -86,7 +86,7 @@ def test_all_users_are_the_base_where_they_are_few() -> None:
 
 
 @pytest.mark.slow
-def test_what_is_shared_comes_from_the_sample_and_every_user_has_a_head() -> None:
+def test_a_sample_is_learned_from_and_every_user_has_a_head() -> None:
     """The same as learning from the sample alone, then fitting the others as new users."""
     data, few = made(), settings(base_users=6)
     learned = learn(data, settings=few, strengths=ONE_STRENGTH)
@@ -96,7 +96,7 @@ def test_what_is_shared_comes_from_the_sample_and_every_user_has_a_head() -> Non
     assert set(learned.bundle.heads["adapter"]) == set(learned.bundle.records) == set(train)
     assert learned.bundle.report["base_users"] == 6
     assert learned.bundle.report["users"] == len(train)
-    assert any("6 of 12 users, drawn by lot" in note for note in learned.notes)
+    assert any("6 of 12 users, drawn by lot; standard error of" in note for note in learned.notes)
     splits = {user: "train" if user in base else "test" for user in train}
     alone = replace(data, splits=splits)
     other = learn(alone, settings=few, strengths=ONE_STRENGTH).bundle

@@ -12,8 +12,7 @@ features, H width of φ, V length of a head's vector, K rank, N kept pairs, L la
 their coding, T texts that recur. Knows no tasks.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,51 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hydra_llm.model.feature_cache import FeatureCache
+from hydra_llm.model.groups import Groups as Groups
 from hydra_llm.model.laplace import mean_fisher
 
 Texts = Sequence[str]
 Encoded = tuple[Tensor, np.ndarray | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Groups:
-    """G groups of up to C candidates, padded. Queries of one text may share a row of `left`."""
-
-    left: Tensor  # [G, D] the queries' vectors; with `text` [T, D], one row for each text
-    right: Tensor | None  # [G, C, D] of candidates (tower) or pairs (cross); None: label features
-    side_features: Tensor  # [G, C, E] what is known of each pair beside its text
-    mask: Tensor  # [G, C] True where there is a candidate
-    target: Tensor | None = None  # [G, C] a distribution over the group, or (binary) 0 to 1 each
-    text: Tensor | None = None  # [G] each query's row of `left`; None: its own place
-
-    def __len__(self) -> int:
-        return len(self.mask)
-
-    def __getitem__(self, index: Tensor | slice | list[int]) -> "Groups":
-        right = None if self.right is None else self.right[index]
-        target = None if self.target is None else self.target[index]
-        text = None if self.text is None else self.text[index]
-        left = self.left[index] if text is None else self.left
-        side, mask = self.side_features[index], self.mask[index]
-        return Groups(left, right, side, mask, target, text)
-
-    def of_left(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """[G, ...] a function of vectors [·, D], row by row; once for each text where texts are
-        fewer than groups.
-        """
-        if self.text is None:
-            return function(self.left)
-        if len(self.left) > len(self.text):
-            return function(self.left[self.text])
-        return function(self.left)[self.text]
-
-    def distinct(self) -> tuple["Groups", Tensor]:
-        """The queries, each text once where texts are shared, and the place [G] of each group's;
-        for what only queries count in.
-        """
-        if self.text is None:
-            return self, torch.arange(len(self.mask))
-        return Groups(self.left, None, self.side_features[:0], self.mask[:0]), self.text
 
 
 class Interaction(nn.Module):

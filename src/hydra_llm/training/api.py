@@ -32,10 +32,9 @@ from hydra_llm.side_features import fit_stats
 from hydra_llm.tasks.base import Task
 from hydra_llm.training.labelling import asked_about
 from hydra_llm.training.learned import Learned
-from hydra_llm.training.resume import SampleCheckpoint
 from hydra_llm.training.strengths import Strengths
 from hydra_llm.training.train_scorer import silent
-from hydra_llm.training.work import ADAPTER, Work, overlaid
+from hydra_llm.training.work import Work, overlaid
 from hydra_llm.types import Record
 
 T = TypeVar("T")
@@ -67,33 +66,41 @@ async def alearn(
     if out is not None:
         check_place(Path(out))
     settings, data, model = _opened(dataset, llm, settings)
-    users, with_records = data.users("train")[: settings.users], set(data.with_records("train"))
-    known = [user for user in users if user in with_records]
-    records = data.all_answered(known)
-    _check_learnable(model, data.task, records)
-    _warn(data, warn)
-    base = sampled_users(known, settings)
-    blank = blank_bundle(
-        data.task, model, settings, records, partial(progress, "encode texts"), base
-    )
-    notes = _lacking(users, records, "have no records and were left out")
-    learned = Learned(replace(blank, trained_on=tuple(base)), tuple(base), notes=notes)
-    asked = asked_about(data, settings, base[: settings.labelled_users])
+    learned, users = _begun(data, model, settings, progress, warn)
+    asked = asked_about(data, settings, learned.users[: settings.labelled_users])
     work = Work(learned, model, progress, out, strengths, asked)
-    checkpoint = SampleCheckpoint.of(learned, out) if len(base) < len(known) else None
-    if checkpoint is None or not checkpoint.resume(learned):
-        await work.learn(first)
-    if checkpoint is not None:
-        _tell_sample(learned, len(known))
-        await work.fit_others(known, checkpoint)
-    blank.features.encoder.progress = None
-    counts = {"users": len(known), "calls": learned.usage.calls, "cached": learned.usage.cached}
+    checkpoint = await work.learn_from(users, first)
+    counts = {"users": len(users), "calls": learned.usage.calls, "cached": learned.usage.cached}
     learned.report(**counts, stages=learned.stages_json())
     if out is not None:
         learned.bundle.save(out)
         if checkpoint is not None:
             checkpoint.remove()
     return learned
+
+
+def _begun(
+    data: DataSet,
+    llm: ChatLLM,
+    settings: Settings,
+    progress: StageProgress,
+    warn: Callable[[str], None],
+) -> tuple[Learned, list[str]]:
+    """A blank bundle of the users from whom what is shared is to be learned, and the names of all
+    training users with records.
+    """
+    named, with_records = data.users("train")[: settings.users], set(data.with_records("train"))
+    users = [user for user in named if user in with_records]
+    records = data.all_answered(users)
+    _check_learnable(llm, data.task, records)
+    for doubt in doubts(data, of_learning=True):
+        warn(f"data {doubt.severity}: {doubt}")
+    base = sampled_users(users, settings)
+    told = partial(progress, "encode texts")
+    blank = blank_bundle(data.task, llm, settings, records, told, base)
+    blank = replace(blank, trained_on=tuple(base))
+    notes = _lacking(named, with_records, "have no records and were left out")
+    return Learned(blank, blank.trained_on, notes=notes), users
 
 
 async def afit(
@@ -176,19 +183,6 @@ def sampled_users(users: Sequence[str], settings: Settings) -> list[str]:
     return [users[place] for place in sorted(places)]
 
 
-def _tell_sample(learned: Learned, users: int) -> None:
-    """What was learned from a sample of so many users, with the errors that come of it."""
-    drawn = len(learned.bundle.trained_on)
-    of_adapter = learned.bundle.report.get(ADAPTER, {})
-    note = f"all that users share was learned from {drawn} of {users} users, drawn by lot"
-    if (error := of_adapter.get("prior_error")) is not None:
-        note += f"; relative standard error of the prior's covariance {error:.2f}"
-    if (error := of_adapter.get("loss_user_error")) is not None:
-        note += f", of the held-out loss {error:.4f}"
-    learned.notes.append(note)
-    learned.report(base_users=drawn)
-
-
 def _opened(
     dataset: DataSet | Path | str, llm: ChatLLM | str, settings: Settings | None
 ) -> tuple[Settings, DataSet, ChatLLM]:
@@ -208,11 +202,6 @@ def _check_learnable(llm: ChatLLM, task: Task, records: Mapping[str, Sequence[Re
     if is_none(llm) and not (task.labels or any(map(offered, chain(*records.values())))):
         fix = "give --llm SPEC, whose candidates it learns to choose from"
         raise DataError(f"without an LLM there are no recorded choices to learn from: {fix}")
-
-
-def _warn(data: DataSet, warn: Callable[[str], None]) -> None:
-    for doubt in doubts(data, of_learning=True):
-        warn(f"data {doubt.severity}: {doubt}")
 
 
 def _lacking(users: Sequence[str], known: Container[str], fate: str) -> list[str]:

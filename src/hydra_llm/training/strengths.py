@@ -100,10 +100,7 @@ def fit_scorer(
     scorer.prior_precision = torch.tensor(report.precision)
     scorer.head.tune(map(base.problems_of, base.folds), len(base.folds))
     if base.folds:
-        report.prior_error = base.error_of_prior()
-        held_out = base.held_out(plain, TrainingSet.prequential_splits)
-        evaluate_held_out(scorer, held_out, report)
-        report.loss_user_error = _error_of_loss(scorer, held_out)
+        base.evaluate()
         calibrate(scorer, base.held_out(data, base.calibration_splits), report)
     base.fit(plain)
     base.steps.finish()
@@ -151,14 +148,6 @@ def error_by_users(values: Tensor, users: Sequence[str]) -> Tensor:
     owner = torch.tensor([number[user] for user in users], dtype=torch.long)
     sums = torch.zeros(len(number)).index_add_(0, owner, values - values.mean())
     return sums.square().sum().sqrt() / len(values)
-
-
-def _error_of_loss(scorer: Scorer, held_out: Sequence[HeldOut]) -> float:
-    """The standard error, over users, of the mean loss of a group with its user's own head."""
-    if not held_out:
-        return math.nan
-    values = torch.cat([group_losses(scorer, part.late, part.own) for part in held_out])
-    return float(error_by_users(values, [user for part in held_out for user in part.late.users]))
 
 
 class _Steps:
@@ -262,6 +251,16 @@ class _Base(NamedTuple):
             self.fit(fold.train)
             parts += held_out_scores(self.scorer, split(data.of(fold.held_out)), fold.held_out)
         return parts
+
+    def evaluate(self) -> None:
+        """The losses of held-out users and their error, and that of the learned prior."""
+        held_out = self.held_out(self.plain, TrainingSet.prequential_splits)
+        evaluate_held_out(self.scorer, held_out, self.report)
+        losses = [group_losses(self.scorer, part.late, part.own) for part in held_out]
+        owners = [user for part in held_out for user in part.late.users]
+        if owners:
+            self.report.loss_user_error = float(error_by_users(torch.cat(losses), owners))
+        self.report.prior_error = self.error_of_prior()
 
     def choose_strengths(self, tried: Strengths) -> None:
         """The ridges, then the learned prior, then the precision."""

@@ -59,6 +59,10 @@ SKIPPED = {  # why none is learned where all gains are equal
     RERANKER: "no retrieved record changed what the LLM's answer was worth",
     ADAPTER: "no two candidates of a query differed in what they were worth",
 }
+ERRORS = {
+    "prior_error": "the prior's covariance (relative)",
+    "loss_user_error": "the held-out loss",
+}
 NO_LLM = "no LLM was given"
 
 
@@ -239,6 +243,29 @@ class Work:
             await self._fit(users[start : start + size])
             if size < len(users):
                 self.progress("fit heads", min(start + size, len(users)), len(users))
+
+    async def learn_from(
+        self, users: Sequence[str], first: Bundle | None
+    ) -> SampleCheckpoint | None:
+        """Learn from those on whom the blank bundle rests, then fit the others' heads; where there
+        are others, a checkpoint, to be removed when the bundle is written.
+        """
+        learned = self.learned
+        if len(learned.users) == len(users):
+            await self.learn(first)
+            return None
+        checkpoint = SampleCheckpoint.of(learned, self.out)
+        if not checkpoint.resume(learned):
+            await self.learn(first)
+        drawn, report = len(learned.bundle.trained_on), learned.bundle.report.get(ADAPTER, {})
+        note = f"what all users share was learned from {drawn} of {len(users)} users, drawn by lot"
+        for name, what in ERRORS.items():
+            if (error := report.get(name)) is not None:
+                note += f"; standard error of {what} {error:.2g}"
+        learned.notes.append(note)
+        learned.report(base_users=drawn)
+        await self.fit_others(users, checkpoint)
+        return checkpoint
 
     async def fit_others(self, users: Sequence[str], checkpoint: SampleCheckpoint) -> None:
         """The heads of those among these users from whom nothing shared was learned, by their
