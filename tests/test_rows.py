@@ -3,6 +3,7 @@
 import random
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hydra_llm import rows as module
+from hydra_llm.errors import UserFault
 from hydra_llm.rows import LATEST, Lazy, Rows
 
 added = st.lists(st.tuples(st.sampled_from("abcd"), st.text() | st.lists(st.integers())))
@@ -66,6 +68,16 @@ def test_memory_does_not_hold_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     latest = LATEST * 40 * (len(text) + 300)
     assert held < latest + 2**20
     assert peak < latest + 2**21
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
+def test_a_full_disk_is_one_line_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(size: int) -> Any:
+        return Path("/dev/full").open("wb+", buffering=0)
+
+    monkeypatch.setattr(module, "SpooledTemporaryFile", full)
+    with pytest.raises(UserFault, match=r"cannot keep records \(.*No space.*TMPDIR"):
+        Rows(plain).add("u", "row")
 
 
 def test_threads_read_what_belongs_to_each_user() -> None:

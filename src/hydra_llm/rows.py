@@ -9,11 +9,13 @@ Both keep the values of the latest users. Any thread may call. Knows no records 
 import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from tempfile import SpooledTemporaryFile
+from tempfile import SpooledTemporaryFile, gettempdir
 from threading import RLock
 from typing import Any, Generic, TypeVar
 
 from cachetools import LRUCache
+
+from hydra_llm.errors import UserFault
 
 T = TypeVar("T")
 MEMORY_BYTES = 32 * 2**20  # of rows, before they go to the disk
@@ -70,10 +72,15 @@ class Rows(Lazy[list[T]], Generic[T]):
         self.add_line(user, json.dumps(row).encode())
 
     def add_line(self, user: str, line: bytes) -> None:
-        """Add a row that is JSON already, in one line. OSError: the disk is full."""
+        """Add a row that is JSON already, in one line. Raises UserFault: the disk is full."""
         with self._lock:
-            self._file.seek(self._end)
-            start, self._end = self._end, self._end + self._file.write(line + b"\n")
+            try:
+                self._file.seek(self._end)
+                written = self._file.write(line + b"\n")
+            except OSError as error:
+                fix = "free some space, or name another folder by TMPDIR"
+                raise UserFault(f"{gettempdir()}: cannot keep records ({error}): {fix}") from None
+            start, self._end = self._end, self._end + written
             runs = self._runs.setdefault(user, array("q"))
             if runs and runs[-1] == start:
                 runs[-1] = self._end
