@@ -28,8 +28,10 @@ from hydra_llm.tasks.base import Task
 from hydra_llm.training import resume, work
 from hydra_llm.training.api import fit, learn, sampled_users
 from hydra_llm.training.calibration import FitReport
+from hydra_llm.training.learned import Learned
 from hydra_llm.training.prior import State
 from hydra_llm.training.strengths import _Base, _Fold
+from hydra_llm.training.train_scorer import solve_heads
 from hydra_llm.types import Record
 from tests.learning import ONE_STRENGTH
 
@@ -97,7 +99,7 @@ def test_a_sample_is_learned_from_and_every_user_has_a_head() -> None:
     assert learned.bundle.report["base_users"] == 6
     assert learned.bundle.report["users"] == len(train)
     assert any("6 of 12 users, drawn by lot; standard error of" in note for note in learned.notes)
-    splits = {user: "train" if user in base else "test" for user in train}
+    splits: dict[str, Split] = {user: "train" if user in base else "test" for user in train}
     alone = replace(data, splits=splits)
     other = learn(alone, settings=few, strengths=ONE_STRENGTH).bundle
     other = fit(alone, other).bundle
@@ -128,12 +130,12 @@ def test_neither_learning_nor_fitting_holds_all_histories(
     monkeypatch.setattr(rows, "LATEST", 2)
     monkeypatch.setattr(work, "CHUNK_USERS", 4)
     save(made(60), tmp_path / "data")
-    most, fitted = 0, work.solve_heads
+    most = 0
 
     def counted(*args: Any) -> Any:
         nonlocal most
         most = max(most, alive())
-        return fitted(*args)
+        return solve_heads(*args)
 
     monkeypatch.setattr(work, "solve_heads", counted)
     data = load(tmp_path / "data")
@@ -234,7 +236,7 @@ def test_a_checkpoint_of_other_data_is_not_taken(tmp_path: Path) -> None:
     folder, few = tmp_path / "bundle", settings(base_users=5)
     learned = learn(made(), settings=few, strengths=ONE_STRENGTH)
     blank = replace(learned.bundle, scorers={}, heads={})
-    now = resume.Learned(blank, learned.bundle.trained_on)
+    now = Learned(blank, learned.bundle.trained_on)
     here = resume.SampleCheckpoint.of(now, folder)
     assert not here.resume(now)
     here.write(learned)
