@@ -285,7 +285,7 @@ def server(command: list[str], environment: dict[str, str], ready: str) -> Itera
     url = f"http://127.0.0.1:{port}"
     PROCESSES[url] = process.pid
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600  # on a busy machine torch alone takes a minute
         while True:
             try:
                 if httpx2.get(url + ready, timeout=2).status_code == 200:
@@ -298,7 +298,7 @@ def server(command: list[str], environment: dict[str, str], ready: str) -> Itera
         yield url
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(300)
 
 
 # ---- the client

@@ -10,14 +10,14 @@ from hydra_llm.config import (
     GROUP_OF,
     GROUPS,
     LOCAL,
-    PAPER,
     STORED_NAMES,
     Settings,
     load_settings,
-    log_renamed,
     settings_over,
 )
 from hydra_llm.errors import SettingsError
+from hydra_llm.presets import PAPER
+from hydra_llm.setting_names import log_renamed
 
 LAYERS = {"file": 5, "environment": 6, "preset": 8, "flag": 7}
 """`samples` in each source, weakest first; 8 is the paper preset's."""
@@ -120,6 +120,8 @@ def another(name: str) -> str | int | float:
     """A value that is not the setting's default."""
     default = getattr(Settings(), name)
     choices = getattr(Settings.model_fields[name].annotation, "__args__", ())
+    if name == "concurrency":
+        return "3"
     if choices and isinstance(choices[0], str):
         return next(str(choice) for choice in choices if choice != default)
     if isinstance(default, bool):

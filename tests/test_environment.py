@@ -22,11 +22,10 @@ from hydra_llm.gateway.upstream import HttpUpstream
 from hydra_llm.llm.endpoint import Endpoint
 from hydra_llm.llm.openai import OpenAILLM
 from hydra_llm.llm.registry import bare_llm
-from hydra_llm.retrieve import BM25
 from hydra_llm.store.database import create_engine
 from hydra_llm.store.store import Store
 from hydra_llm.tasks.base import Task
-from hydra_llm.types import Query, Record
+from hydra_llm.types import Record
 from tests.waiting import FOREVER
 
 LINK = "tcp://10.0.0.1:8000"
@@ -158,12 +157,8 @@ def test_libraries_do_not_write_to_the_log(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(logging.Logger, "handle", handle)
     monkeypatch.setattr(logging.root, "handlers", [])
     level = logging.root.level
-    monkeypatch.delitem(sys.modules, "bm25s", raising=False)  # as in a new process
-    records = [Record("a", str(i), f"text {i}", "x") for i in range(3)]
-    BM25().retrieve(Query("a", "q", "text 1"), records, 2)
     Task("t", "generation", "{input}").strategy.metric_rows("rouge1", [("one", "one")])
     assert (lines, logging.root.handlers, logging.root.level) == ([], [], level)
-    assert logging.getLogger("bm25s").level == logging.WARNING
 
 
 def test_messages_name_options_that_there_are() -> None:

@@ -22,7 +22,6 @@ HEAVY = (
     "sklearn",
     "pydantic",
     "rouge_score",
-    "bm25s",
 )
 
 

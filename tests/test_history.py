@@ -5,6 +5,7 @@ and without spans.
 import calendar
 import itertools
 import math
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hydra_llm.errors import UserFault
-from hydra_llm.history import as_query, before, in_order, parse_time, precedes
+from hydra_llm.history import as_query, before, in_order, parse_time, precedes, with_pasts
 from hydra_llm.types import ALWAYS, Query, Record
 
 Seconds = tuple[float, float]
@@ -106,6 +107,21 @@ def test_a_query_sees_exactly_what_precedes_it(
     seen = before([record for record, _ in history], query)
     assert {record.id for record in seen} == allowed
     assert seen == in_order(seen)
+
+
+@given(
+    st.data(), st.sampled_from(["moment zone epoch milli day month year unknown", "day", "unknown"])
+)
+def test_pasts_are_what_each_record_sees(data: st.DataObject, kinds: str) -> None:
+    """Whether positions and times rise together or not."""
+    drawn = [record for record, _ in data.draw(histories(kinds)) if record.user == "a"]
+    ordered = in_order(drawn)
+    rising = [replace(record, position=place) for place, record in enumerate(ordered)]
+    for records in (drawn, ordered, rising):
+        pasts = list(with_pasts(records))
+        assert [record for record, _ in pasts] == in_order(records) == in_order(records[::-1])
+        for record, past in pasts:
+            assert past == before(records, record)
 
 
 @given(histories())

@@ -1,4 +1,4 @@
-"""Retrieval: scores against an independent Okapi, every trap of bm25s, order, and what is kept."""
+"""Retrieval: scores against an independent Okapi, texts without words, order, and what is kept."""
 
 import math
 import os
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 
-import bm25s
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,6 +21,7 @@ from hydra_llm.history import before
 from hydra_llm.retrieve import BM25, RETRIEVERS, make_retriever
 from hydra_llm.testing import check_retriever
 from hydra_llm.types import Query, Ranked, Record
+from hydra_llm.word_index import WordIndex
 
 BUILT_IN = ["bm25", "dense", "hybrid", "recent", "random", "nothing"]
 
@@ -104,11 +104,7 @@ def test_words_are_split_at_blanks_and_keep_case_as_in_lamp() -> None:
     assert [item.score > 0 for item in ranked] == [True, False, False]
 
 
-def test_trap_k_beyond_the_corpus() -> None:
-    index = bm25s.BM25()
-    index.index([["a"], ["b"]], show_progress=False)
-    with pytest.raises(ValueError, match="larger than the number of available scores"):
-        index.retrieve([["a"]], k=3, show_progress=False)
+def test_k_beyond_the_corpus() -> None:
     assert ids(BM25().retrieve(ask("a"), history("a", "b", "c"), 10)) == ["r0", "r2", "r1"]
 
 
@@ -117,31 +113,20 @@ def test_trap_k_beyond_the_corpus() -> None:
     [(), ("",), ("", " \t", "\n"), ("the of and", "the of", "and the")],
     ids=["none", "empty", "blank", "stop words"],
 )
-def test_trap_a_corpus_without_words(texts: tuple[str, ...]) -> None:
+def test_a_corpus_without_words(texts: tuple[str, ...]) -> None:
     for query in ("the", "cat", "", " ", "\0", "🙂"):
         ranked = BM25().retrieve(ask(query), history(*texts), 2)
         assert len(ranked) == min(2, len(texts))
         assert all(math.isfinite(item.score) for item in ranked)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_trap_bm25s_itself_raises_on_these() -> None:
-    """Why the cases above are caught before bm25s sees them; where this fails, they may go."""
-    with pytest.raises(ValueError, match="empty"):
-        bm25s.BM25().index([[], []], show_progress=False)
-    index = bm25s.BM25()
-    index.index([["a"], ["b"]], show_progress=False)
-    with pytest.raises(IndexError):
-        index.get_scores([])
-
-
-def test_trap_equal_scores_come_latest_first() -> None:
+def test_equal_scores_come_latest_first() -> None:
     records = history("x y", "same words", "z", "same words", "same words")
     assert ids(BM25().retrieve(ask("same"), records, 5)) == ["r4", "r3", "r1", "r2", "r0"]
     assert ids(BM25().retrieve(ask("unknown"), records, 3)) == ["r4", "r3", "r2"]
 
 
-def test_trap_added_or_edited_records_are_retrieved() -> None:
+def test_added_or_edited_records_are_retrieved() -> None:
     retriever, records = BM25(), history("cat sat", "dog ran", "a mat")
     assert retriever.retrieve(ask("bird"), records, 1)[0].score == 0
     added = [*records, Record("u", "new", "bird sang", "", position=3)]
@@ -165,21 +150,22 @@ def test_an_earlier_time_slice_is_scored_without_later_records(
     )
 
 
-def test_an_index_is_built_once_for_the_same_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    built = []
-    real = bm25s.BM25.index
+def test_a_text_is_indexed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New records are added, an earlier slice of time is a part; another text begins anew."""
+    added = list[str]()
+    real = WordIndex.extend
 
-    def index(self: bm25s.BM25, tokens: object, **options: object) -> object:
-        built.append(tokens)
-        return real(self, tokens, **options)
+    def extend(self: WordIndex, texts: Sequence[str]) -> None:
+        added.extend(texts)
+        real(self, texts)
 
-    monkeypatch.setattr(bm25s.BM25, "index", index)
-    retriever, records = BM25(), history("cat sat", "dog ran")
-    for text in ("cat", "dog", "cat"):
-        retriever.retrieve(ask(text), records, 1)
-    assert len(built) == 1
-    retriever.retrieve(ask("cat"), records[:1], 1)
-    assert len(built) == 2
+    monkeypatch.setattr(WordIndex, "extend", extend)
+    retriever, records = BM25(), history("cat sat", "dog ran", "a mat", "bird")
+    for count in (2, 2, 3, 1, 4, 2):
+        retriever.retrieve(ask("cat"), records[:count], 1)
+    assert added == ["cat sat", "dog ran", "a mat", "bird"]
+    retriever.retrieve(ask("cat"), records[1:], 1)
+    assert added[4:] == ["dog ran", "a mat", "bird"]
 
 
 def test_bm25_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
@@ -423,8 +409,8 @@ print(BM25().scores(Query("u", "q", "all w1 w3 w20"), records).tolist())
 
 @pytest.mark.slow
 def test_scores_are_the_same_in_every_process() -> None:
-    """Python's hashes differ by process, and with them the order of words in bm25s: a last digit
-    more or less changed what was learned, and with it the LLM calls of a resumed command.
+    """Python's hashes differ by process: a last digit more or less would change what is learned,
+    and with it the LLM calls of a resumed command.
     """
     scores = {
         subprocess.run(

@@ -205,6 +205,34 @@ def test_side_features_are_always_finite(
         assert np.isfinite(own.reranker(Query("u", "q", ""), ranked, history_vectors)).all()
 
 
+FREE = Task(
+    "free", "classification", "Which tag? {input}", TAGS.labels, extra={"free_history": True}
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([TAGS, STARS, TITLES, FREE]),
+    st.lists(
+        st.tuples(st.sampled_from(["rain", "the", "war film"]), st.integers(0, 3)), max_size=6
+    ),
+    st.data(),
+)
+def test_pasts_share_one_array_and_are_as_vectorized_alone(
+    task: Task, drawn: list[tuple[str, int]], data: st.DataObject
+) -> None:
+    own = maker(task)
+    outputs = (*(task.labels or ("a", "b c")), *(["no label"] if task is FREE else []))
+    history = past(*((text, outputs[i % len(outputs)]) for text, i in drawn))
+    vectorize = own.of_pasts(history)
+    count = data.draw(st.integers(0, len(history)))
+    other = data.draw(st.permutations(history))[:count]
+    for visible in (history[:count], other, [*history, *past(("new", outputs[0]))]):
+        shared, alone = vectorize(visible), own.vectorize(visible)
+        assert all(map(np.array_equal, shared.rows, alone.rows))
+    assert vectorize(history).inputs.base is vectorize(history[:1]).inputs.base or not history
+
+
 def test_an_unknown_label_is_named() -> None:
     with pytest.raises(DataError, match="'purple'.*'tags'"):
         maker(TAGS).vectorize(past(("x", "purple")))

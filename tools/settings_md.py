@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
-from hydra_llm.config import FIXED, GROUPS, PAPER, STORED_NAMES, Group
+from hydra_llm.config import FIXED, GROUPS, STORED_NAMES, Group
 from hydra_llm.gateway.settings import RENAMED, ServeSettings
+from hydra_llm.presets import PAPER
 
 ROOT = Path(__file__).parents[1]
 PACKAGE, TARGET = ROOT / "src" / "hydra_llm", ROOT / "docs" / "settings.md"
@@ -92,6 +93,9 @@ def values_of(settings: type[Group], name: str) -> str:
     first, *others = get_args(field.annotation) or (field.annotation,)
     if others == [...]:
         return LIST
+    if literal := get_args(first):  # words, or a number
+        kinds = [TYPES[kind] for kind in others if kind in TYPES]
+        return ", ".join([*(f"`{word}`" for word in literal), *kinds])
     if isinstance(first, str):
         return ", ".join(f"`{word}`" for word in (first, *others))
     limits = [

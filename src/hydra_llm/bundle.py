@@ -8,8 +8,7 @@ from hydra_llm.extras import require
 
 require("learn", "a bundle")
 
-from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,14 +22,20 @@ from hydra_llm.gate import Gate, GateWeights, LearnedGate, LexicalGate
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.model.encoder import Encoder
 from hydra_llm.model.feature_cache import FeatureCache
-from hydra_llm.model.heads import Head, HeadMatrix
+from hydra_llm.model.heads import Head
 from hydra_llm.model.persistence import (
+    USERS_FORMAT,
     BundleFiles,
+    delete_user,
     encoder_config,
     encoder_of,
+    precision_of,
     read_bundle,
+    read_config,
     write_bundle,
+    write_users,
 )
+from hydra_llm.model.precision import Precision
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.model.upgrade import tensors_of, upgraded
 from hydra_llm.model.word_model import WordModel
@@ -69,6 +74,8 @@ class Bundle:
     """What words an answer has; None for tasks with labels, and in bundles of older versions."""
     word_models: Mapping[str, WordModel] = field(default_factory=dict, repr=False)
     """By training user, those that have not seen the user: while learning, not saved."""
+    precision: Precision = "fp32"
+    """Of the features that scorers and heads were learned from; another one may be scored only."""
     use_reranker: bool = True
     """False where the retriever's first records were worth more on held-out users."""
     records: Records = field(default_factory=dict, repr=False)
@@ -82,7 +89,7 @@ class Bundle:
     learned_with: Settings | None = None
     """What `save` writes: by default the first `settings`; copies with others keep these."""
     versions: dict[Path, str] = field(default_factory=dict)
-    """Folder → SHA-256 of the config.json last read or written there, shared by copies."""
+    """Folder → version of what was last read or written there, shared by copies."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "learned_with", self.learned_with or self.settings)
@@ -107,13 +114,21 @@ class Bundle:
 
     def heads_of(self, user: str) -> dict[str, Head]:
         """A user's heads by scorer; none for an unknown user."""
-        return {name: heads[user] for name, heads in self.heads.items() if user in heads}
+        own = {name: heads.get(user) for name, heads in self.heads.items()}
+        return {name: head for name, head in own.items() if head is not None}
 
     def check_task(self, task: Task) -> None:
         """Raise DataError if data of this task cannot be read, fitted and scored by this bundle."""
         if task.kind != self.task.kind or task.labels != self.task.labels:
             tasks = f"the data set's task '{task.name}' is not the bundle's '{self.task.name}'"
             raise DataError(f"{tasks}: kind and labels must agree")
+
+    def check_precision(self) -> None:
+        """Raise SettingsError where heads would be fitted on features of another precision."""
+        if (other := self.features.encoder.precision) != self.precision:
+            learned = f"the bundle was learned with {self.precision}, not {other}"
+            fix = "leave it out, or learn another bundle"
+            raise SettingsError(f"setting 'encoder_precision': {learned}: {fix}")
 
     def pipeline(
         self, settings: Settings | None = None, *, rerank: bool = True, adapt: bool = True
@@ -172,14 +187,14 @@ class Bundle:
 
         Raises:
             BundleError: another process writes there or changed it since it was read; a full disk.
+            SettingsError: its encoder has another precision than it was learned with.
         """
+        self.check_precision()
         folder, settings = Path(folder), self.learned_with or self.settings
         scorers: dict[str, Any] = {}
         tensors: dict[str, Any] = {}
         for name, scorer in self.scorers.items():
-            heads = HeadMatrix.of(self.heads.get(name, {}))
-            scorers[name] = scorer.config() | heads.config()
-            own = scorer.tensors() | heads.tensors()
+            scorers[name], own = scorer.config(), scorer.tensors()
             tensors |= {f"{name}.{key}": value.contiguous() for key, value in own.items()}
         if self.gate:
             tensors["gate.weights"] = torch.tensor(self.gate.weights)
@@ -198,13 +213,30 @@ class Bundle:
             "scorers": scorers,
             "use_reranker": self.use_reranker,
             "trained_on": list(self.trained_on),
-            "without_records": [user for user in self.records if not self.records[user]],
             "report": dict(self.report),
         }
-        files = BundleFiles(config, tensors, self.records, self.card(), encoder)
+        heads = {name: self.heads.get(name, {}) for name in scorers}
+        files = BundleFiles(config, tensors, self.records, self.card(), encoder, heads)
         place = folder.resolve()
         self.versions[place] = write_bundle(folder, files, replaces=self.versions.get(place))
         return folder
+
+    def save_users(self, folder: Path | str, users: Sequence[str]) -> Path:
+        """Write these users' heads and records into the bundle that this one was read from; all
+        others stay as they are, also those that another process has written since.
+
+        Raises:
+            BundleError: another process changed more than users; a full disk.
+        """
+        folder = Path(folder)
+        place = folder.resolve()
+        if version := self.versions.get(place):
+            heads = {name: self.heads.get(name, {}) for name in self.scorers}
+            written = write_users(folder, users, heads, self.records, version=version)
+            if written:
+                self.versions[place] = written
+                return folder
+        return self.save(folder)
 
     @classmethod
     def load(
@@ -216,9 +248,10 @@ class Bundle:
             BundleError: not there, damaged, of a newer format, or learned with another encoder.
             SettingsError: the environment or the settings file is at fault.
         """
-        machine = (here or load_settings()).model_dump(include=set(LOCAL))
+        here = here or load_settings()
+        machine, asked = here.model_dump(include=set(LOCAL)), here.encoder_precision
         files = read_bundle(Path(folder))
-        encoder = encoder_of(files)
+        encoder = encoder_of(files, None if asked == "auto" else asked)
         try:
             bundle = cls._of(upgraded(files), encoder, cache, machine)
         except (DataError, SettingsError) as error:  # such as a plug-in that is not installed here
@@ -226,23 +259,21 @@ class Bundle:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             fault = "config.json and the weights do not fit together"
             raise BundleError(f"{folder}: {fault} ({type(error).__name__}: {error})") from None
-        bundle.versions[Path(folder).resolve()] = files.config["sha256"]
+        bundle.versions[Path(folder).resolve()] = files.version
         return bundle
 
     @classmethod
     def _of(
         cls, files: BundleFiles, encoder: Encoder, cache: Path | None, machine: Mapping[str, Any]
     ) -> "Bundle":
-        config, scorers, heads = files.config, dict[str, Scorer](), dict[str, HeadMatrix]()
+        config = files.config
         settings = Settings.checked({**config["settings"], **machine})
         shares = tuple(config["population"]["label_shares"])
-        lacking: Any = {user: [] for user in config.get("without_records", ())}
-        read: Any = files.records  # nobody writes to it
         words = {key: value.numpy() for key, value in tensors_of(WORDS, files.tensors).items()}
-        for name, entry in config["scorers"].items():
-            tensors = tensors_of(name, files.tensors)
-            scorers[name] = Scorer.restore(entry, tensors)
-            heads[name] = HeadMatrix.restore(entry, tensors)
+        scorers = {
+            name: Scorer.restore(entry, tensors_of(name, files.tensors))
+            for name, entry in config["scorers"].items()
+        }
         return cls(
             task=Task.from_json(config["task"], "config.json"),
             settings=settings,
@@ -250,11 +281,12 @@ class Bundle:
             features=FeatureCache(encoder, (cache or settings.cache) / "features.sqlite"),
             population=CohortStats(**{**config["population"], "label_shares": shares}),
             scorers=scorers,
-            heads=heads,
+            heads=files.heads,
             gate=GateWeights.restore(config.get("gate"), files.tensors.get("gate.weights")),
             word_model=WordModel.restore(config.get("word_model"), words),
+            precision=precision_of(config),
             use_reranker=config["use_reranker"],
-            records=ChainMap(lacking, read),
+            records=files.records,
             trained_on=tuple(config["trained_on"]),
             report=config["report"],
             weights=config["files"]["weights.safetensors"]["sha256"],
@@ -267,18 +299,24 @@ class Bundle:
         lines = [
             f"# hydra-llm bundle for task {task.name}\n",
             f"- Kind: {task.kind}; labels: {', '.join(task.labels) or 'none'}",
-            f"- Learned from {len(self.trained_on)} training users; heads for"
+            f"- Learned from {len(self.trained_on)} training users; when it was written, heads for"
             f" {len(self.records)} users, whose records it holds.",
             f"- LLM that labelled the training data: {model}",
-            f"- Encoder: {encoder.name} (digest {encoder.digest[:12]})",
+            f"- Encoder: {encoder.name} ({encoder.precision}, digest {encoder.digest[:12]})",
         ]
         for name, scorer in self.scorers.items():
-            heads = self.heads.get(name, {})
-            size = scorer.head.numbers_per_user  # the mean where it grows with the history
-            size = size or sum(len(head.numbers) for head in heads.values()) // max(1, len(heads))
+            size = scorer.head.numbers_per_user
+            numbers = f"{size} numbers a user" if size else "numbers that grow with the history"
             parts = f"{scorer.interaction.kind} features, {scorer.head.name} head"
-            lines.append(f"- {name}: {parts}, {size} numbers a user")
+            lines.append(f"- {name}: {parts}, {numbers}")
         if self.word_model:
             count = len(self.word_model.population.counts)
             lines.append(f"- word model: {count} words that at least two users share, with counts")
         return "\n".join([*lines, CARD_WARNING])
+
+
+def delete_from(folder: Path, user: str) -> dict[str, int] | None:
+    """As `delete_user`, from a bundle of any format: an older one is first written in this one."""
+    if read_config(folder)["format"] < USERS_FORMAT:
+        Bundle.load(folder).save(folder)
+    return delete_user(folder, user)

@@ -4,12 +4,8 @@ A bundle's settings take the place of the defaults. Each group documents its set
 the flat, frozen `Settings` (`settings.k`). API keys are not settings: the OpenAI SDK reads them.
 """
 
-import difflib
-import functools
-import logging
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -18,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from hydra_llm import environment as env
 from hydra_llm.errors import SettingsError, did_you_mean
 from hydra_llm.plugins import HEADS, RETRIEVERS, Registry, read_prompts
+from hydra_llm.presets import PRESETS
+from hydra_llm.setting_names import Names
 
 SETTINGS_FILE = "hydra-llm.toml"
 SERVE_TABLE = "serve"  # the gateway's table in that file (gateway/settings.py)
-
-logger = logging.getLogger(__name__)
 
 
 class Group(BaseModel):
@@ -83,12 +79,15 @@ class LLM(Group):
     """Sampling temperature; the greedy answer uses 0."""
     constrain: bool = False
     """Constrain decoding to the task's labels, if the engine supports it."""
-    concurrency: int = Field(default=8, ge=1)
-    """Max concurrent calls."""
+    concurrency: Literal["auto"] | int = "auto"
+    """Max concurrent calls. auto: as many as the endpoint takes, found by its answers (8 at first).
+    """
     timeout: float = Field(default=120.0, gt=0)
     """Timeout per call, in seconds."""
     retries: int = Field(default=3, ge=0)
-    """Max retries per call (OpenAI SDK; honours Retry-After)."""
+    """Max retries per call (OpenAI SDK; honours Retry-After). After a 429 to several calls at once
+    fewer are sent, and no retry is counted.
+    """
     max_calls: int | None = None
     """Budget: max calls that reach the LLM; None is no limit."""
     max_llm_tokens: int | None = None
@@ -103,6 +102,13 @@ class LLM(Group):
     """TOML file of prices by model, above the list that is shipped; see docs/spend.md."""
     cache: Path = Field(default_factory=env.cache_folder)
     """Folder of the on-disk caches: LLM answers and encoder features."""
+
+    @field_validator("concurrency", mode="before")
+    @classmethod
+    def _at_once(cls, value: object) -> object:
+        if value == "auto" or (str(value).isdecimal() and int(str(value)) > 0):
+            return value
+        raise ValueError("write auto, or a whole number from 1")
 
     @field_validator("cache", "prices")
     @classmethod
@@ -173,6 +179,10 @@ class Research(Group):
     """Pooling of the encoder's token vectors: their mean, or the first one (cls)."""
     max_length: int = Field(default=256, ge=8)
     """Max tokens per encoded text; longer texts are truncated."""
+    encoder_precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """Numbers that the encoder computes with; auto: as the bundle was learned, fp32 for a new one.
+    `ask` and `bench run --bundle` may take another one; `fit` and `serve` may not.
+    """
     features: Literal["tower", "cross"] = "tower"
     """tower: bi-encoder, texts encoded alone; cross: cross-encoder on pairs, as in the paper."""
     rank: int = Field(default=16, ge=1)
@@ -231,51 +241,6 @@ class Research(Group):
         return names
 
 
-@dataclass(frozen=True)
-class Names:
-    """How settings may be written: `group.name`, `name` or by a former name."""
-
-    group_of: Mapping[str, str]
-    renamed: Mapping[str, str]
-
-    def resolve(self, name: str, hint: bool = False) -> str:
-        """The flat name of a setting; SettingsError suggests the nearest names for an unknown one.
-        `hint` logs the grouped spelling if another one was used.
-        """
-        group, dot, last = name.strip().lower().replace("-", "_").rpartition(".")
-        current = self.renamed.get(last, last)
-        if current not in self.group_of or (dot and group != self.group_of[current]):
-            near = difflib.get_close_matches(last, [*self.group_of, *self.renamed], 3)
-            nearest = " or ".join(dict.fromkeys(map(self.spelled, near)))
-            fix = f"did you mean {nearest}?" if near else "see docs/settings.md"
-            raise SettingsError(f"unknown setting '{name}': {fix}")
-        if hint and self.spelled(current) != f"{group}.{last}":
-            log_renamed(name, self.spelled(current))
-        return current
-
-    def spelled(self, name: str) -> str:
-        """`retrieval.k` for `k`, or for a former name."""
-        current = self.renamed.get(name, name)
-        return f"{self.group_of[current]}.{current}"
-
-    def flat(self, values: Mapping[str, Any], hint: bool = False) -> dict[str, Any]:
-        """Settings under their flat names, without None; tables of groups are unpacked."""
-        flat: dict[str, Any] = {}
-        for name, value in values.items():
-            if name in self.group_of.values() and isinstance(value, Mapping):
-                table = {f"{name}.{key.removeprefix(f'{name}.')}": value[key] for key in value}
-                flat |= self.flat(table, hint)
-            elif value is not None:
-                flat[self.resolve(name, hint)] = value
-        return flat
-
-
-@functools.cache
-def log_renamed(old: str, new: str) -> None:
-    """Log the current spelling of a setting or option, once per name."""
-    logger.warning("'%s' is now written '%s'", old, new)
-
-
 GROUPS: Mapping[str, type[Group]] = {
     kind.__name__.lower(): kind for kind in (Retrieval, LLM, Model, Training, Selection, Research)
 }
@@ -303,6 +268,13 @@ class Settings(Research, Selection, Training, Model, LLM, Retrieval):
         return NAMES.flat(values) if isinstance(values, Mapping) else values
 
     @property
+    def of_encoder(self) -> dict[str, Any]:
+        """How `open_encoder` opens the encoder of a new bundle."""
+        precision = self.encoder_precision
+        chosen = "fp32" if precision == "auto" else precision
+        return {"pooling": self.pooling, "max_length": self.max_length, "precision": chosen}
+
+    @property
     def training_seed(self) -> int:
         """The seed of folds and training."""
         return self.seed if self.fit_seed is None else self.fit_seed
@@ -313,21 +285,11 @@ class Settings(Research, Selection, Training, Model, LLM, Retrieval):
         return {STORED_NAMES.get(name, name): value for name, value in values.items()}
 
 
-# The authors' settings (HYDRA, arXiv 2406.02888, appendix on implementation details).
-PAPER: dict[str, Any] = {"encoder": "allenai/longformer-base-4096", "max_length": 4096}
-PAPER |= {"pooling": "cls", "features": "cross", "tune_encoder": True}
-PAPER |= {"head": "mlp", "prior": "random", "users": 100, "word_model": False}
-PAPER |= {"loss": "binary", "lr": 2e-5, "batch": 64, "epochs": 2, "weight_decay": 0.01}
-PAPER |= {"label_rule": "above-mean", "reranker_labels": "llm", "record_answer": False}
-PAPER |= {"retrieved": 10, "k": 1, "rerank": "always", "candidates": "sampled", "select": "best"}
-PAPER |= {"samples": 8, "greedy_first": False, "temperature": 1.0}
-PRESETS = {"default": {}, "paper": PAPER}
-
 LOCAL = frozenset(LLM.model_fields) - {"max_tokens", "samples", "temperature", "constrain"}
 """Settings that a bundle does not carry: they belong to the machine and the run."""
 
 CHANGEABLE = {"prompt_style", "greedy_first", "parsing", "rerank", "vote_share", "ask"}
-CHANGEABLE |= {"candidate_prompts"}
+CHANGEABLE |= {"candidate_prompts", "encoder_precision"}
 _LEARNED = {"users", "labelled_users", "base_users", *Model.model_fields, *Research.model_fields}
 FIXED = frozenset(_LEARNED - CHANGEABLE)
 """Fixed when a bundle is learned; `fit`, `ask` and `bench run` may change the others."""
@@ -368,7 +330,8 @@ def _sources(preset: str | None, file: Path | None) -> dict[str, Any]:
         raise SettingsError(f"unknown preset '{preset}'{near}: take one of {', '.join(PRESETS)}")
     table = settings_file(file)
     table.pop(SERVE_TABLE, None)
-    return NAMES.flat(table, hint=True) | environment(VARIABLES) | PRESETS[preset or "default"]
+    named = dict(PRESETS[preset or "default"])
+    return NAMES.flat(table, hint=True) | environment(VARIABLES) | named
 
 
 # HYDRA_FIT_SEED is the option --seed of `hydra-llm fit`.

@@ -13,6 +13,8 @@
         ├── PartlyFailed          some of its texts arrived and are kept    (llm/base.py)
         ├── LLMRefused            it will fail again as it is
         └── BudgetExceeded        the run stops cleanly, and can be resumed
+            ├── BatchPending      exit code 3: the same command goes on later
+            └── BatchRefused      exit code 2: the endpoint takes no such batch
 
 Each message is one line that names the place and, where there is one, the fix.
 """
@@ -102,3 +104,15 @@ class LLMRefused(LLMError):
 
 class BudgetExceeded(LLMError):
     """The next call would exceed the budget; what was done so far is kept."""
+
+
+class BatchPending(BudgetExceeded):
+    """A batch has not been answered yet: the same command takes it up later."""
+
+    exit_code = 3
+
+
+class BatchRefused(BudgetExceeded):
+    """The endpoint refuses a batch as a whole; the same calls may pass one by one."""
+
+    exit_code = 2

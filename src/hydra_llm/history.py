@@ -6,7 +6,7 @@ answers no query that may see fewer records than the head has learned from.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 
@@ -109,12 +109,43 @@ def before(records: Iterable[Record], query: Record | Query) -> list[Record]:
 
 def in_order(records: Iterable[Record]) -> list[Record]:
     """A user's records by time, then by position; one of unknown time stays behind those before."""
+    given = list(records)
+    if _ordered(given):
+        return given
     last_known, keyed = -math.inf, list[tuple[float, int, Record]]()
-    for record in sorted(records, key=lambda r: r.position):
+    for record in sorted(given, key=lambda r: r.position):
         if (start := span_of(record)[0]) > -math.inf:
             last_known = start
         keyed.append((last_known, record.position, record))
     return [record for _, _, record in sorted(keyed, key=lambda item: item[:2])]
+
+
+def _ordered(records: Sequence[Record]) -> bool:
+    """Whether positions and known times rise: then the records are in order, and each certainly
+    precedes those behind it, and no other.
+    """
+    time, place = -math.inf, -1
+    for record in records:
+        if record.position <= place:
+            return False
+        place, start = record.position, record.span[0]
+        if start == -math.inf and record.time:
+            start = span_of(record)[0]
+        if start > -math.inf:
+            if start < time:
+                return False
+            time = start
+    return True
+
+
+def with_pasts(records: Iterable[Record]) -> Iterator[tuple[Record, list[Record]]]:
+    """A user's records, oldest first, each with those of `before`; in linear time where positions
+    and known times rise.
+    """
+    own = in_order(records)
+    rising = _ordered(own)
+    for place, record in enumerate(own):
+        yield record, own[:place] if rising else before(own, record)
 
 
 def as_query(record: Record) -> Query:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Self
 
 from hydra_llm.bundle import Bundle
+from hydra_llm.config import load_settings
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.registry import open_llm
 from hydra_llm.pipeline import UserPipeline
@@ -22,7 +23,8 @@ class Personalizer(UserPipeline):
             BundleError: the bundle is damaged, newer, or not there.
             SettingsError: an unknown LLM or setting, or one that learning has fixed.
         """
-        loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+        here = load_settings(None, None, **settings)
+        loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle, here=here)
         chosen = loaded.settings_with(**settings)
         opened = open_llm(llm, chosen) if isinstance(llm, str) else llm
         return cls.of(loaded.pipeline(chosen), opened, loaded.records, loaded.heads)

@@ -98,6 +98,10 @@ class Pipeline:
         """The records that are worth more than none; all if the task's own instruction asks."""
         return self._gate(in_task_words).relevant(context, ranked)
 
+    def judges_vectors(self, in_task_words: bool) -> bool:
+        """Whether the gate compares vectors."""
+        return self._gate(in_task_words).reads_vectors
+
     def _gate(self, in_task_words: bool) -> Gate:
         mode = self.settings.gate
         return OpenGate() if mode == "off" or (mode == "auto" and in_task_words) else self.gate

@@ -5,7 +5,9 @@ inside the budget: first the worst records, then the end of the last record's in
 the query's text; never a conversation's own messages. Knows no retrieval and no LLM.
 """
 
+import json
 import math
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +24,8 @@ Count = Callable[[str], int]  # a text's length in the LLM's tokens
 Messages = tuple[Message, ...]
 
 PER_MESSAGE = 8  # tokens of a chat template around each message (5 in ChatML)
+PER_PART = 1000  # of a picture, a sound or a file: about what vendors count for a picture or a page
+NO_TEXT = re.compile(r"image|audio|video|file|document")  # types of parts that are no text
 LEAST_INPUT = 40  # a record whose input would be cut to fewer characters is left out instead
 IN_FORM = (
     "Where an answer is a text or a label, give it as this person would. Keep to the tools and the"
@@ -86,6 +90,17 @@ def render(
 def estimate(text: str) -> int:
     """Tokens of a text by rule of thumb: one per 3.5 bytes of UTF-8, rounded up."""
     return math.ceil(len(text.encode("utf-8", "surrogatepass")) / 3.5)
+
+
+def message_tokens(message: Mapping[str, Any]) -> int:
+    """Tokens of a chat message by rule of thumb: of its text and its calls of tools as `estimate`,
+    and PER_PART for every picture, sound or file.
+    """
+    calls, content = message.get("tool_calls"), message.get("content")
+    parts = content if isinstance(content, list) else []
+    kinds = [str(part.get("type")) for part in parts if isinstance(part, Mapping)]
+    said = estimate(text_of(message)) + (estimate(json.dumps(calls)) if calls else 0)
+    return said + PER_MESSAGE + PER_PART * sum(bool(NO_TEXT.search(kind)) for kind in kinds)
 
 
 @dataclass(frozen=True, slots=True)

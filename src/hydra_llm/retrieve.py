@@ -7,29 +7,26 @@ than Latin are split into caseless words, those without blanks into characters a
 pairs (`text.search_words`). Knows no LLM.
 """
 
-import logging
-import math
-import sys
+import threading
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from importlib import import_module
 from random import Random as Generator
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from cachetools import LRUCache
 from numpy.typing import NDArray
 
 from hydra_llm.errors import SettingsError
 from hydra_llm.history import in_order
 from hydra_llm.plugins import RETRIEVERS, read_prompts
-from hydra_llm.text import search_words
 from hydra_llm.types import Query, Ranked, Record
+from hydra_llm.word_index import WordIndex
 
 Floats = NDArray[np.float64]
 Embed = Callable[[Sequence[str]], NDArray[np.floating]]  # texts → [N, H], with a cache
 Matched = Literal["input", "both"]  # what is matched: a record's input (as LaMP), or its answer too
 
-
+INDEXES = 256  # of the latest users, kept
 FUSION = 60  # of reciprocal ranks: with it the first places of one list weigh little more
 
 
@@ -96,9 +93,6 @@ class _ByScore:
             name = type(self).__name__.lower()
             raise SettingsError(f"the {name} retriever needs an encoder")
         self.embed, self.seed, self.text = embed, seed, text
-        # The key is the texts themselves: an edited record or an earlier slice of time never meets
-        # a stale index.
-        self._index = lru_cache(maxsize=256)(self.index)
 
     def retrieve(self, query: Query, records: Sequence[Record], m: int) -> list[Ranked]:
         if m <= 0 or not records:
@@ -112,72 +106,94 @@ class _ByScore:
         """[N]: how well each record fits, oldest first; by default all alike."""
         return np.zeros(len(records))
 
-    def index(self, texts: tuple[str, ...]) -> Any:
-        """What `scores` needs of the records' texts."""
-        raise NotImplementedError
-
-    def indexed(self, records: Sequence[Record]) -> Any:
-        """The kept index of the records: of their inputs, or of inputs and answers."""
-        both = self.text == "both"
-        return self._index(tuple(f"{r.input}\n{r.output}" if both else r.input for r in records))
-
-    def forget(self) -> None:
-        self._index.cache_clear()
-
 
 def _best_first(scores: Floats) -> NDArray[np.intp]:
     """[N] places by score; of equal scores the later place first."""
     return np.lexsort((-np.arange(len(scores)), -scores))
 
 
-class BM25(_ByScore):
-    """Words in common, rare ones weighing more; the index of the visible records is kept."""
+class Index(Protocol):
+    """What is kept of one user's texts, oldest first."""
+
+    texts: list[str]
+
+    def extend(self, texts: Sequence[str]) -> None:
+        """Add texts behind the others."""
+        ...
+
+    def scores(self, query: str, count: int) -> Floats:
+        """[count] how well each of the first texts fits, as if there were no others."""
+        ...
+
+
+class _ByIndex(_ByScore):
+    """Keeps an index for each of the latest users: new records are added to it, and an earlier
+    slice of time is its beginning. Any thread may call.
+    """
+
+    def __init__(self, *, embed: Embed | None = None, seed: int = 0, text: Matched = "input"):
+        super().__init__(embed=embed, seed=seed, text=text)
+        self._kept: LRUCache[str, Index] = LRUCache(INDEXES)
+        self._lock = threading.Lock()
+
+    def index(self) -> Index:
+        """An empty one."""
+        raise NotImplementedError
 
     def scores(self, query: Query, records: Sequence[Record]) -> Floats:
-        """[N]: BM25Okapi; all 0 where query or records have no words."""
-        words, index = search_words(query.input), self.indexed(records)
-        if index is None or not words:  # bm25s raises on an empty query
-            return np.zeros(len(records))
-        return np.asarray(index.get_scores(words), dtype=np.float64)
+        both = self.text == "both"
+        texts = [f"{r.input}\n{r.output}" if both else r.input for r in records]
+        with self._lock:
+            return self._index(query.user, texts).scores(query.input, len(texts))
 
-    def index(self, texts: tuple[str, ...]) -> Any:
-        """A bm25s index that scores as rank_bm25's BM25Okapi; None where no text has a word. bm25s
-        has Okapi's term weights (`atire`) but not its word weights: they replace `lucene`'s.
-        """
-        tokens = [search_words(text) for text in texts]
-        if not any(tokens):
-            return None
-        if "bm25s" not in sys.modules:  # its import sets DEBUG
-            import_module("bm25s")
-            logging.getLogger("bm25s").setLevel(logging.WARNING)
-        import bm25s
-
-        index = bm25s.BM25(k1=1.5, b=0.75, method="atire", idf_method="lucene", dtype="float64")
-        index.index(tokens, show_progress=False)
-        holders, total = np.diff(index.scores["indptr"]), len(texts)  # [V] records with each word
-        # Log of the odds that a record does not hold the word; where negative, a quarter of the
-        # mean, but at least 0: with few records rank_bm25 puts the best match last.
-        weights = np.log(total - holders + 0.5) - np.log(holders + 0.5)
-        # The same in every process: bm25s orders the words by their hash, `fsum` needs no order.
-        mean = math.fsum(weights) / len(weights)
-        weights = np.where(weights < 0, max(0.0, 0.25 * mean), weights)
-        lucene = np.log1p((total - holders + 0.5) / (holders + 0.5))
-        index.scores["data"] *= np.repeat(weights / lucene, holders)
+    def _index(self, user: str, texts: list[str]) -> Index:
+        """The index that begins with these texts; a new one where a kept text is not among them."""
+        index = self._kept.get(user)
+        if index is None or index.texts[: len(texts)] != texts[: len(index.texts)]:
+            index = self._kept[user] = self.index()
+        if len(index.texts) < len(texts):
+            index.extend(texts[len(index.texts) :])
         return index
 
+    def forget(self) -> None:
+        with self._lock:
+            self._kept.clear()
 
-class Dense(_ByScore):
+
+class BM25(_ByIndex):
+    """Words in common, rare ones weighing more."""
+
+    def index(self) -> Index:
+        return WordIndex()
+
+
+class Dense(_ByIndex):
     """Nearest in the encoder's space by cosine, -1 to 1; a zero vector scores 0."""
 
     needs_encoder = True
 
-    def scores(self, query: Query, records: Sequence[Record]) -> Floats:
-        return np.asarray(self.indexed(records) @ self.index((query.input,))[0])
-
-    def index(self, texts: tuple[str, ...]) -> Floats:
-        """[N, H] of length 1; zero rows stay zero."""
+    def index(self) -> Index:
         assert self.embed is not None
-        rows = np.asarray(self.embed(texts), dtype=np.float64)
+        return _Vectors(self.embed)
+
+
+class _Vectors:
+    """Texts as vectors of length 1; zero vectors stay zero."""
+
+    def __init__(self, embed: Embed):
+        self.texts: list[str] = []
+        self._embed, self._rows = embed, np.zeros((0, 0))
+
+    def extend(self, texts: Sequence[str]) -> None:
+        rows = self._unit(texts)
+        self._rows = np.concatenate([self._rows, rows]) if self.texts else rows
+        self.texts += texts
+
+    def scores(self, query: str, count: int) -> Floats:
+        return np.asarray(self._rows[:count] @ self._unit([query])[0])
+
+    def _unit(self, texts: Sequence[str]) -> Floats:
+        rows = np.asarray(self._embed(texts), dtype=np.float64)
         length = np.linalg.norm(rows, axis=1, keepdims=True)
         return np.asarray(rows / np.maximum(length, np.finfo(np.float64).tiny))
 

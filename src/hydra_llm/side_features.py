@@ -4,8 +4,9 @@ Letters: C candidates, M records, E columns.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -49,13 +50,42 @@ class Featurizer:
 
     def vectorize(self, records: Sequence[Record]) -> HistoryVectors:
         """Visible records as vectors; `Context.vectors` carries them through one question."""
-        vectors = self.task.strategy.vectorize(records, self.features.texts)
+        return self._completed(self._rows(records), records, self._past_choices(records))
+
+    def of_pasts(self, records: Sequence[Record]) -> Callable[[Sequence[Record]], HistoryVectors]:
+        """`vectorize` of a user's pasts: one array serves all that these records begin with."""
+        whole = tuple(records)
+
+        @cache
+        def arrays() -> tuple[HistoryVectors, choices.PastChoices | None]:
+            return self._rows(whole), self._past_choices(whole)
+
+        def vectorize(visible: Sequence[Record]) -> HistoryVectors:
+            rows, past = arrays()
+            known = rows.places is not None or len(rows) == len(whole)  # whose row is which
+            if not known or whole[: len(visible)] != tuple(visible):
+                return self.vectorize(visible)
+            return self._completed(rows.first(len(visible)), visible, past)
+
+        return vectorize
+
+    def _rows(self, records: Sequence[Record]) -> HistoryVectors:
+        return self.task.strategy.vectorize(records, self.features.texts)
+
+    def _past_choices(self, records: Sequence[Record]) -> choices.PastChoices | None:
+        if not self.stats.choices:
+            return None
+        return choices.PastChoices([self._past_choice(own) for own in choices.choices_of(records)])
+
+    def _completed(
+        self, rows: HistoryVectors, records: Sequence[Record], past: choices.PastChoices | None
+    ) -> HistoryVectors:
+        """The rows of the records with the counts of their words and what their choices say."""
         if self.word_model is not None:
-            vectors = replace(vectors, counts=self._own_words.of(records))
-        if self.stats.choices:
-            past = [self._past_choice(choice) for choice in choices.choices_of(records)]
-            vectors = replace(vectors, habits=choices.habits(past))
-        return vectors
+            rows = replace(rows, counts=self._own_words.of(records))
+        if past is not None:
+            rows = replace(rows, habits=past.first(len(choices.choices_of(records))))
+        return rows
 
     def _past_choice(self, choice: Choice) -> choices.PastChoice:
         if choice not in self._past:
@@ -135,6 +165,12 @@ def _recency(records: Sequence[Record]) -> Floats:
     return np.array([place.get(id(record), 0.5) for record in records])
 
 
+def texts_of_stats(histories: Sequence[Sequence[Record]]) -> list[str]:
+    """The texts that `fit_stats` compares."""
+    latest = (history[-STATS_RECORDS:] for history in histories[:STATS_USERS])
+    return [record.input for history in latest for record in history]
+
+
 def fit_stats(
     task: Task, features: FeatureCache, histories: Sequence[Sequence[Record]]
 ) -> CohortStats:
@@ -143,7 +179,7 @@ def fit_stats(
     """
     nearest: list[float] = []
     for history in histories[:STATS_USERS]:
-        vectors = features.texts([record.input for record in history[-STATS_RECORDS:]])
+        vectors = features.texts(texts_of_stats([history]))
         if len(vectors) >= 2:
             cosine = np.sort(vectors @ vectors.T, axis=1)[:, :-1]  # the last is the record itself
             nearest.append(float(cosine[:, -max(1, cosine.shape[1] // 10) :].mean()))

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from hydra_llm.errors import LLMRefused
 from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.llm.concurrency import run_sync
-from hydra_llm.model.heads import Head, HeadKind, HeadMatrix, HeadProblem, SGDConfig
+from hydra_llm.model.heads import Head, HeadKind, HeadProblem, SGDConfig
 from hydra_llm.model.interactions import Cross, Groups, Interaction, LabelBilinear
 from hydra_llm.model.laplace import LaplacePosterior
 from hydra_llm.model.newton import losses
+from hydra_llm.model.users_file import head_of, pack_head
 from hydra_llm.plugins import HEADS
 from hydra_llm.retrieve import Retriever, make_retriever
 from hydra_llm.tasks.base import KINDS, FeatureContext, Floats, Pairs, Parsing, Task
@@ -101,8 +102,13 @@ def _check_side_features(task: Task, answers: Sequence[str]) -> None:
     outputs = [answers[i % len(answers)] for i in range(5)]
     records = [Record("u", str(i), f"text {i}", out, position=i) for i, out in enumerate(outputs)]
     candidates = [Candidate(text, text, i, greedy=i == 1) for i, text in enumerate(answers)]
+    whole = kind.vectorize(records, _hashed)
     for seen in ([], records[:1], records):
         history = kind.vectorize(seen, _hashed)
+        if whole.places is not None or len(whole) == len(records):
+            pairs = zip(whole.first(len(seen)).rows, history.rows, strict=True)
+            same = [np.array_equal(first, alone) for first, alone in pairs]
+            assert all(same), "a row depends on other records"
         stats = kind.cohort_stats([record.output for record in seen], 0.4)
         context = FeatureContext(_hashed(["text 1"])[0], history, stats, _hashed)
         of_candidates = partial(kind.candidate_features, context)
@@ -249,8 +255,7 @@ def _check_bytes(head: HeadKind, problem: HeadProblem) -> None:
     numbers = head.fit(problem)
     heads = [Head.of(row) for row in numbers]
     before = _score(head, problem, [heads[0]] * 5)
-    stored = HeadMatrix.of(dict(zip(problem.users, heads, strict=True)))[problem.users[0]]
-    again = _score(head, problem, [stored] * 5)
+    again = _score(head, problem, [head_of(pack_head(heads[0]))] * 5)
     assert torch.equal(again, before), "a head is another one after it was kept"
     for row in numbers:
         row[...] = 7

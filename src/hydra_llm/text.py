@@ -2,10 +2,14 @@
 and its words, in any script.
 """
 
+import json
+import math
 import re
 import unicodedata
+from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from itertools import pairwise
+from typing import Any
 
 # Scripts without blanks between words: Thai, Lao, Myanmar, Khmer, Tai, Balinese, Javanese, Han,
 # Kana, Bopomofo.
@@ -21,6 +25,7 @@ _PUNCTUATION = re.compile(
 _HAN = re.compile(
     "[\u2e80-\u2fdf\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
+_HALF = re.compile("[\ud800-\udfff]")
 _BLANKS = re.compile("[\u0f01-\u0f14\u1361-\u1368]")  # marks between Tibetan, Ethiopic words
 _EMOJI = "\u2600-\u27bf\U0001f000-\U0001faff"
 _ASCII_WORD = re.compile("[a-z0-9]+")
@@ -38,6 +43,28 @@ def repair(text: str) -> str:
     if not text.isascii():
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text.replace("\0", " ")
+
+
+def json_text(
+    value: Any, *, ascii: bool = False, default: Callable[[Any], Any] | None = None
+) -> str:
+    """A value as JSON that can be written and that every parser takes: NaN and infinity are null,
+    and with a lone surrogate, which UTF-8 cannot hold, all is ASCII.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=ascii, allow_nan=False, default=default)
+    except ValueError:
+        text = json.dumps(finite(value), ensure_ascii=ascii, allow_nan=False, default=default)
+    return json.dumps(json.loads(text)) if _HALF.search(text) else text
+
+
+def finite(value: Any) -> Any:
+    """A JSON value with null for numbers that JSON has not."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite(own) for name, own in value.items()}
+    return list(map(finite, value)) if isinstance(value, list | tuple) else value
 
 
 def fold(text: str) -> str:

@@ -4,11 +4,12 @@ G groups, C candidates of a group, H feature width, E side features, U users, K 
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass, field
 from operator import add
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 Message = Mapping[str, str]
 """A chat message: `{"role": "system"|"user"|"assistant", "content": text}`."""
 
@@ -43,6 +44,30 @@ class Choice(Record):
 
     candidates: tuple[str, ...] = ()  # two or more distinct texts, in the order shown
     chosen: int = 0  # index of the one that was taken
+
+
+class Overlaid(Mapping[str, T]):
+    """`new` over `old`, without a copy of what may be a million users'."""
+
+    def __init__(self, new: Mapping[str, T], old: Mapping[str, T]):
+        self.new: Mapping[str, T] = new
+        self.old: Mapping[str, T] = old
+        if isinstance(old, Overlaid) and isinstance(new, dict):  # layers do not pile up
+            self.new, self.old = {**old.new, **new}, old.old
+
+    def __getitem__(self, key: str) -> T:
+        value = self.new.get(key)
+        return self.old[key] if value is None else value
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.new or key in self.old
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.old
+        yield from (key for key in self.new if key not in self.old)
+
+    def __len__(self) -> int:
+        return len(self.old) + sum(key not in self.old for key in self.new)
 
 
 def as_one_text(input: str, output: str) -> str:

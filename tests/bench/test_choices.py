@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hydra_llm.bench import experiment
-from hydra_llm.bench.choices import by_earlier, earlier, figures, shuffled
+from hydra_llm.bench.choices import Shuffled, by_earlier, earlier, figures
 from hydra_llm.bench.method import find_methods
 from hydra_llm.bench.report.findings import findings
 from hydra_llm.bench.report.sweeps import sweep_rows
@@ -145,7 +145,7 @@ def test_a_rival_without_answers_has_failed() -> None:
 
 def test_shuffled_heads_are_those_of_others_with_the_own_age() -> None:
     heads = {f"u{i}": Head(np.array([float(i)]), records=i, until=float(i)) for i in range(5)}
-    other = shuffled(heads, 0)
+    other = Shuffled(heads, 0)
     assert all(other[name].numbers[0] != heads[name].numbers[0] for name in heads)
     assert sorted(own.numbers[0] for own in other.values()) == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert all(other[name].records == heads[name].records for name in heads)

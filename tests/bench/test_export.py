@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import pydantic_core
 import pytest
 
 from hydra_llm.bench.report.tables import open_run
@@ -63,6 +64,18 @@ def strict(schema: Any) -> Any:
         closed = {name: strict(own) for name, own in schema.items()}
         return {"additionalProperties": False, **closed} if "properties" in schema else closed
     return [strict(own) for own in schema] if isinstance(schema, list) else schema
+
+
+def test_half_of_a_surrogate_pair_is_repaired(folder: Path) -> None:
+    """Strict readers refuse it, escaped too."""
+    details = folder / "details.jsonl"
+    details.write_text(details.read_text().replace('"a film about', '"\\udc00a film about'))
+    exported(folder, "inspect")
+    written = [file.read_bytes() for file in (folder / "inspect").glob("*.json")]
+    assert written
+    for content in written:
+        pydantic_core.from_json(content)
+    assert "\ufffda film about" in b"".join(written).decode()
 
 
 def test_inspect_log_keeps_its_schema(folder: Path) -> None:

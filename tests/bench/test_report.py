@@ -243,8 +243,12 @@ def test_the_commands_print_it_and_write_it(
     assert "film" not in written
     assert run(["bench", "compare", str(folder), str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["mbr"]["ties"] == 12
+    odd = write(tmp_path / "odd", {}, MANIFEST)
+    (odd / "samples.jsonl").unlink(missing_ok=True)
+    (odd / "samples.jsonl").mkdir()
     for wrong, message in (
         (tmp_path, "is no run"),
+        (odd, "samples.jsonl: cannot be read (Is a directory)"),
         (write(tmp_path / "old", {}, {**MANIFEST, "task": "stars"}), "older hydra-llm"),
     ):
         assert run(["bench", "show", str(wrong)]) == 2

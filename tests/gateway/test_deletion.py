@@ -31,7 +31,7 @@ def own_features(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @asynccontextmanager
 async def busy(together: MicroBatcher, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
     """A scoring thread that never has time for what is for later."""
-    monkeypatch.setattr("hydra_llm.gateway.batching.IDLE_JOB_EVERY", 10**9)
+    monkeypatch.setattr("hydra_llm.gateway.batching.IDLE_SECONDS", 1e9)
     ended = False
 
     async def ask() -> None:

@@ -238,7 +238,10 @@ async def test_an_embedded_model_completes_a_text_by_chat(store: Store) -> None:
         assert reply.object == "text_completion"
         stream = await client.create(**asked, stream=True)
         assert "".join([c.choices[0].text async for c in stream if c.choices]) == "ABC"
-        for wrong in ({"prompt": [1, 2]}, {"prompt": ["a", "b"]}, {"suffix": "x"}, {"echo": True}):
+        plain = await client.create(**asked, best_of=1, echo=False, suffix="")
+        assert plain.choices[0].text == "ABC"
+        raw: tuple[dict[str, Any], ...] = ({"suffix": "x"}, {"echo": True}, {"logprobs": 0})
+        for wrong in ({"prompt": [1, 2]}, {"prompt": ["a", "b"]}, *raw):
             with pytest.raises(openai.BadRequestError):
                 await client.create(**{**asked, **wrong})
         with pytest.raises(openai.NotFoundError):
@@ -259,7 +262,8 @@ async def test_embeddings_beside_an_embedded_model_are_the_encoders(
         for reply in (in_base64, numbers):
             vectors = np.array([item.embedding for item in reply.data], dtype="f4")
             assert np.allclose(vectors, features.texts(texts), atol=1e-6)
-        for wrong in ({"input": []}, {"input": [1, 2]}, {"input": " "}, {"dimensions": 3}):
+        odd: tuple[dict[str, Any], ...] = ({"dimensions": 3}, {"encoding_format": "int8"})
+        for wrong in ({"input": []}, {"input": [1, 2]}, {"input": " "}, *odd):
             with pytest.raises(openai.BadRequestError):
                 await client.create(**{"model": "any", "input": "x", **wrong})
 

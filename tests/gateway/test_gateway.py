@@ -24,6 +24,7 @@ from hydra_llm.config import load_settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.gateway.auth import make_key
 from hydra_llm.gateway.batching import Overloaded
+from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.upstream import UpstreamError, learn_samples, usage_of
 from hydra_llm.gateway.user_cache import texts_of
 from hydra_llm.llm.endpoint import Capabilities, CapabilityCache, Endpoint
@@ -904,6 +905,26 @@ async def test_a_history_never_encoded_is_prefetched_at_first_answer(
             await asyncio.sleep(0.05)
         else:
             raise AssertionError("the history is never warm")
+
+
+@pytest.mark.parametrize(("gate", "encoded"), [("off", 0), ("always", 1)])
+async def test_a_first_request_encodes_its_question_if_something_compares_it(
+    store: Store,
+    bundles: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    gate: str,
+    encoded: int,
+) -> None:
+    monkeypatch.setenv("HYDRA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Deployment, "prefetch", lambda self, user: None)
+    many = [Record("ada", f"r{i}", f"storm number {i} of the sea", "calm") for i in range(60)]
+    store.add_records("ada", many)
+    async with running(store, bundles["tags"], warm=False, gate=gate) as world:
+        deployment = world.app.state.gateway.deployment
+        compares = deployment.pipeline.gate.reads_vectors
+        await world.ask(QUESTION)
+        assert deployment.features.misses == encoded * compares
 
 
 async def test_a_deletion_amid_the_warming_leaves_no_features(

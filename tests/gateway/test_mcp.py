@@ -379,6 +379,21 @@ async def test_a_line_of_the_log_names_the_tool_and_no_content(
 
 
 @pytest.mark.parametrize(
+    ("root", "sent"),
+    [("", "/mcp/"), ("/llm", "/mcp/"), ("/llm", "/llm/mcp/"), ("/llm", "/llm/mcp")],
+)
+async def test_a_slash_at_the_end_is_the_same(store: Store, root: str, sent: str) -> None:
+    """Also behind a root path, whether the proxy has removed it or not; no redirect."""
+    key = {"authorization": f"Bearer {make_key(store, admin=True)[1]}"}
+    async with running(store, root_path=root) as world:
+        reply = await world.http.post(sent, json=ASK, headers=ACCEPT | key)
+        assert (reply.status_code, reply.json()["id"]) == (200, 1)
+        refused = await world.http.post(sent, json=ASK, headers=ACCEPT)
+        assert refused.status_code == 401
+        assert refused.json()["jsonrpc"] == "2.0"
+
+
+@pytest.mark.parametrize(
     ("origin", "status"),
     [
         ("https://evil.example", 403),

@@ -131,6 +131,23 @@ def test_a_wrong_key_ends_it_at_the_start(tmp_path: Path) -> None:
     assert "secret" not in done.stderr
 
 
+@pytest.mark.slow
+def test_a_key_of_another_user_ends_it_at_the_start(tmp_path: Path) -> None:
+    stored = f"sqlite:///{tmp_path / 's.db'}"
+    store = Store(stored)
+    _, key = make_key(store, users=["ada"])
+    store.close()
+    with served("--llm", "fake:echo", "--store", stored) as (_, url, _):
+        command = [sys.executable, "-m", "hydra_llm", "mcp", "--url", url, "--user"]
+        environment = {**os.environ, "HYDRA_MCP_KEY": key}
+        ends: Any = {"env": environment, "capture_output": True, "text": True, "input": ""}
+        done = subprocess.run([*command, "b/ob"], **ends)
+        own = subprocess.run([*command, "ada"], **ends)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "hydra-llm: the key is not for the user 'b/ob': leave --user out\n"
+    assert own.returncode == 0
+
+
 def test_the_pages_blocks_name_the_server_and_no_other() -> None:
     servers = [(block.get("mcpServers") or block["servers"])["hydra"] for block in BLOCKS]
     assert len(servers) == 3

@@ -14,6 +14,7 @@ from hydra_llm.gateway.messages import MessageWriter, to_chat
 from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.gateway.upstream import UpstreamError
 from hydra_llm.llm.endpoint import Endpoint
+from hydra_llm.prompt import PER_PART
 from hydra_llm.store.store import Store
 
 from .conftest import Scripted, World, records_of, running
@@ -106,7 +107,7 @@ async def test_calls_of_tools_and_their_results(store: Store) -> None:
         assert world.upstream.bodies[0]["tool_choice"] == "required"
         function = {"name": "stock", "description": "How much there is", "parameters": SCHEMA}
         assert world.upstream.bodies[0]["tools"] == [{"type": "function", "function": function}]
-        result = {"type": "tool_result", "tool_use_id": use.id, "content": "7"}
+        result = {"type": "tool_result", "tool_use_id": use.id, "content": "7", "is_error": True}
         asked["messages"] = [
             *ASK["messages"],
             {"role": "assistant", "content": [use.model_dump(exclude_none=True)]},
@@ -117,7 +118,7 @@ async def test_calls_of_tools_and_their_results(store: Store) -> None:
         assert second.content[1].text == "plenty"  # type: ignore[union-attr]
         _, called, answer, question = world.upstream.bodies[-1]["messages"]
         assert called == {"role": "assistant", "content": None, "tool_calls": [CALL]}
-        assert answer == {"role": "tool", "tool_call_id": "call_1", "content": "7"}
+        assert answer == {"role": "tool", "tool_call_id": "call_1", "content": "Error: 7"}
         assert question == {"role": "user", "content": "Well?"}
         # what the model thought goes back to the client, and not to the upstream
         asked["messages"].append({"role": "assistant", "content": second.content})
@@ -177,6 +178,11 @@ async def test_tokens_are_counted_by_rule_of_thumb(store: Store) -> None:
         assert count.input_tokens == 100 + 8
         with_tools = await claude(world).messages.count_tokens(**asked, tools=[STOCK])
         assert with_tools.input_tokens > count.input_tokens
+        source = {"type": "base64", "media_type": "image/png", "data": "A" * 400_000}
+        picture = [{"type": "image", "source": source}, {"type": "text", "text": "x" * 350}]
+        asked["messages"] = [{"role": "user", "content": picture}]
+        with_picture = await claude(world).messages.count_tokens(**asked)
+        assert with_picture.input_tokens == count.input_tokens + PER_PART
         assert world.upstream.bodies == []
 
 
@@ -192,6 +198,11 @@ async def test_tokens_are_counted_by_rule_of_thumb(store: Store) -> None:
         ),
         ({"messages": [{"role": "user", "content": 7}]}, "messages.0.content"),
         ({"tools": [STOCK], "tool_choice": {"type": "best"}}, "tool_choice: this choice"),
+        ({"tools": [{"input_schema": {}}]}, "tools[0].name: must be a text"),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "c"}]}]},
+            "messages[0].content[0]: a block of the type 'tool_use'",
+        ),
         ({"temperature": 9}, "temperature"),
     ],
 )

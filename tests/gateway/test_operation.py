@@ -80,11 +80,13 @@ async def test_without_keys_a_foreign_page_gets_nothing(
             assert "diary" not in answer.text
         assert (await world.http.delete("/v1/users/ada", headers=headers)).status_code == 403
         assert (await world.http.get("/v1/models", headers=headers)).status_code == 403
+        assert (await world.http.get("/metrics", headers=headers)).status_code == 403
         assert (await world.http.get("/health/liveness", headers=headers)).status_code == 200
         assert len(store.records("ada")[1]) == 1
         secret = make_key(store, admin=True)[1]
         with_key = headers | {"authorization": f"Bearer {secret}"}
         assert (await world.http.get(ADA, headers=with_key)).status_code == 200
+        assert (await world.http.get("/metrics", headers=headers)).status_code == 200
 
 
 async def test_browsers_need_a_setting(store: Store) -> None:

@@ -339,6 +339,14 @@ async def test_a_refused_request_keeps_its_status(store: Store) -> None:
         ({"background": True}, "background is not supported here"),
         ({"input": 7}, "input"),
         ({"tools": [STOCK], "tool_choice": {"type": "mcp"}}, "tool_choice: this choice"),
+        ({"input": [{"type": "function_call_output", "output": "7"}]}, "input[0].call_id: must be"),
+        (
+            {"input": [{"type": "function_call_output", "call_id": "c"}]},
+            "input[0].output: must be a text or a list",
+        ),
+        ({"input": [{"type": "function_call", "call_id": "c", "name": 5}]}, "input[0].name: must"),
+        ({"input": [{"type": "function_call", "call_id": [], "name": "f"}]}, "input[0].call_id"),
+        ({"text": {"format": {"type": 5}}}, "the format '5' is not known"),
         ({"temperature": 9}, "temperature"),
     ],
 )

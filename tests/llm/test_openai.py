@@ -344,6 +344,7 @@ async def test_429_waits_as_long_as_it_says_and_goes_on(
         )
 
     monkeypatch.setattr("anyio.sleep", sleep)
+    monkeypatch.setattr("hydra_llm.llm.limiter.clock", lambda: sum(waits))
     generation = await client(serve(limited), retries=1).generate(MESSAGES, Sampling())
     assert generation.texts == ("fine",)
     assert waits == [7]

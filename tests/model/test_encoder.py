@@ -303,11 +303,14 @@ def test_progress_is_reported_of_many_texts_only(
     tiny: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reports: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int) -> None:
+        reports.append((done, total))
+
     monkeypatch.setattr(module, "REPORTED_FROM", 3)
-    monkeypatch.setattr(tiny, "progress", lambda done, total: reports.append((done, total)))
-    tiny.encode(["a", "b", "c"])
+    tiny.encode(["a", "b", "c"], progress=progress)
     assert reports == []
-    tiny.encode(["a", "b", "c", "d", "e"], batch=2)
+    tiny.encode(["a", "b", "c", "d", "e"], batch=2, progress=progress)
     assert reports == [(2, 5), (4, 5), (5, 5)]
 
 

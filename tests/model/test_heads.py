@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hydra_llm.errors import SettingsError
 from hydra_llm.history import parse_time
 from hydra_llm.model.head import usable_head
-from hydra_llm.model.heads import Head, HeadKind, HeadMatrix, HeadProblem, latest_time, make_head
+from hydra_llm.model.heads import Head, HeadKind, HeadProblem, latest_time, make_head
 from hydra_llm.model.heads.kernel import KernelHead, pack
 from hydra_llm.model.heads.linear import LinearHead
 from hydra_llm.model.interactions import (
@@ -329,27 +329,7 @@ def test_bias_heads_tell_followers_from_contrarians() -> None:
         assert fitted.sum() < shared.sum()
 
 
-# ---- many heads in one array, and which queries a head may answer
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_a_matrix_of_heads_is_the_heads_and_is_read_back(name: str) -> None:
-    interaction = interaction_of("cross")
-    kind = randomised(name, interaction)
-    heads = dict(zip("abcd", some_heads(kind, interaction), strict=True))
-    heads["e"] = Head.of(kind.empty())
-    heads["b"] = Head.of(heads["b"].numbers, 7, 1.5e9)
-    matrix = HeadMatrix.of(heads)
-    again = HeadMatrix.restore(matrix.config(), matrix.tensors())
-    for mapping in (matrix, again):
-        assert list(mapping) == list(heads)
-        for user, head in heads.items():
-            assert np.array_equal(mapping[user].numbers, head.numbers)
-            assert (mapping[user].records, mapping[user].until) == (head.records, head.until)
-    with pytest.raises(KeyError):
-        matrix["stranger"]
-    with pytest.raises(ValueError, match="users"):
-        HeadMatrix.restore({**matrix.config(), "users": ["a"]}, matrix.tensors())
+# ---- which queries a head may answer
 
 
 def test_a_head_answers_no_query_that_sees_less_than_it_learned() -> None:

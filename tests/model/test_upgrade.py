@@ -5,7 +5,7 @@ before word model and learned prior, with the scores that these gave.
 import hashlib
 import json
 import math
-from dataclasses import replace
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tests.model.test_word_model import histories
 DATA = Path(__file__).with_name("data")
 NAMES = ("tags-linear", "stars-lowrank", "tags-kernel", "titles-mlp")
 NAMES += ("format-2/tags-linear", "format-2/stars-lowrank")  # the first two, saved again
+NAMES += ("format-4/tags-kernel", "format-4/stars-lowrank")  # before users had a file of their own
 USERS = ("train0", "new0", "new1", "nobody")
 
 
@@ -99,7 +100,7 @@ def test_forgotten_users_are_not_users(tmp_path: Path) -> None:
 def test_an_upgraded_bundle_is_written_in_the_present_format(name: str, tmp_path: Path) -> None:
     old = Bundle.load(DATA / name, cache=tmp_path)
     folder = old.save(tmp_path / "bundle")
-    assert json.loads((folder / "config.json").read_text())["format"] == FORMAT == 4
+    assert json.loads((folder / "config.json").read_text())["format"] == FORMAT == 5
     new = Bundle.load(folder, cache=tmp_path)
     assert new.use_reranker == old.use_reranker
     for scorer in old.scorers:
@@ -119,10 +120,8 @@ def test_settings_say_how_an_old_bundle_was_learned(name: str, tmp_path: Path) -
 def test_a_word_model_under_the_former_number_is_read(tmp_path: Path) -> None:
     models = learn_word_model(histories())
     assert models is not None
-    old = Bundle.load(DATA / "titles-mlp", cache=tmp_path)
-    settings = old.settings.model_copy(update={"word_model": True, "fit_labels": "history"})
-    new = replace(old, settings=settings, learned_with=None, word_model=models.model)
-    folder = new.save(tmp_path / "bundle")
+    folder = Path(shutil.copytree(DATA / "format-4" / "titles-mlp", tmp_path / "bundle"))
+    new = Bundle.load(folder, cache=tmp_path)
     config = json.loads((folder / "config.json").read_text())
     del config["sha256"]
     config = {**config, "format": 2}

@@ -31,7 +31,7 @@ from hydra_llm.bench.method import NotAsked, Parts
 from hydra_llm.bundle import Bundle
 from hydra_llm.context import Context
 from hydra_llm.errors import LLMError
-from hydra_llm.llm.concurrency import map_calls
+from hydra_llm.llm.concurrency import at_once, map_calls
 from hydra_llm.model.interactions import Groups, Interaction, make_groups
 from hydra_llm.pipeline import Records
 from hydra_llm.rerank import KeepOrder
@@ -39,7 +39,7 @@ from hydra_llm.select import Selection, Selector, all_labels, candidate_text, fi
 from hydra_llm.tasks.base import Task
 from hydra_llm.training.labelling import Asked, reads_labels, training_queries
 from hydra_llm.training.train_scorer import make_features
-from hydra_llm.types import Answer, Candidate, Proposal, Query, StageCost, Usage
+from hydra_llm.types import Answer, Candidate, Overlaid, Proposal, Query, StageCost, Usage
 
 ROUNDS = 3  # T, for the shared energy, then for each user's copy (paper 4.6; the authors' value)
 STEPS = 50  # updates in a round, each on all pools, as frozen features make them cheap
@@ -164,7 +164,7 @@ class BBoxAdapter:
 
     def __init__(self, parts: Parts):
         self.bundle, self.seed = parts.bundle, parts.seed
-        records = {**parts.bundle.records, **parts.records}
+        records = Overlaid(parts.records, parts.bundle.records)
         proposing = parts.personalizer(rerank=True, candidates="sampled")
         self.pipeline = replace(proposing, records=records, beside=())
         self.asked = parts.asked
@@ -237,7 +237,8 @@ class BBoxAdapter:
         if settings.label_order == "retriever":
             pipeline = replace(pipeline, reranker=KeepOrder())
         queries, learned = asked.all, energy
-        answers = await map_calls(pipeline.apropose, queries, limit=settings.concurrency)
+        limit = at_once(pipeline.llm, settings.concurrency)
+        answers = await map_calls(pipeline.apropose, queries, limit=limit)
         proposals = [answer for answer in answers if isinstance(answer, Proposal)]
         for error in answers:
             if isinstance(error, LLMError) and not proposals:

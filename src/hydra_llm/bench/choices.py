@@ -103,16 +103,26 @@ def no_history(parts: Parts) -> Answerer:
 def shuffled_heads(parts: Parts) -> Answerer:
     """Of recorded choices: hydra with another user's head for each user."""
     heads = parts.bundle.heads.get("adapter", {})
-    bundle = replace(parts.bundle, heads={"adapter": shuffled(heads, parts.seed)})
+    bundle = replace(parts.bundle, heads={"adapter": Shuffled(heads, parts.seed)})
     return replace(parts, bundle=bundle).personalizer(adapt=True)
 
 
-def shuffled(heads: Mapping[str, Head], seed: int) -> dict[str, Head]:
+class Shuffled(Mapping[str, Head]):
     """Each user with another one's numbers, and the own head's age: what it may answer stays."""
-    names = sorted(heads)
-    order = np.random.default_rng(seed).permutation(len(names))
-    other = {names[a]: names[b] for a, b in zip(order, np.roll(order, 1), strict=True)}
-    return {name: replace(heads[name], numbers=heads[other[name]].numbers) for name in names}
+
+    def __init__(self, heads: Mapping[str, Head], seed: int):
+        names, self._heads = sorted(heads), heads
+        order = np.random.default_rng(seed).permutation(len(names))
+        self._other = {names[a]: names[b] for a, b in zip(order, np.roll(order, 1), strict=True)}
+
+    def __getitem__(self, name: str) -> Head:
+        return replace(self._heads[name], numbers=self._heads[self._other[name]].numbers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._other)
+
+    def __len__(self) -> int:
+        return len(self._other)
 
 
 # ---- by the number of earlier choices

@@ -19,9 +19,9 @@ from hydra_llm.bench.method import Answerer, NotAsked, Parts
 from hydra_llm.context import Context
 from hydra_llm.errors import LLMError
 from hydra_llm.history import in_order
-from hydra_llm.llm.base import Sampling
+from hydra_llm.llm.base import Batch, Sampling
 from hydra_llm.llm.cache import CHOICES, CachedLLM, key_of, request_of
-from hydra_llm.llm.concurrency import map_calls, run_sync
+from hydra_llm.llm.concurrency import at_once, map_calls, run_sync
 from hydra_llm.llm.none import is_none
 from hydra_llm.llm.prices import prices_of
 from hydra_llm.pipeline import UserPipeline
@@ -31,7 +31,7 @@ from hydra_llm.training import labelling
 from hydra_llm.training.api import blank_bundle
 from hydra_llm.training.choosing import choose_sampling, judged, some_of_each
 from hydra_llm.training.labelling import Asked
-from hydra_llm.types import Generation, Message, Query, Ranked, Usage
+from hydra_llm.types import Generation, Message, Overlaid, Query, Ranked, Usage
 
 SAMPLE, ENCODED = 5, 64  # calls that are made, and texts that are encoded, to measure them
 
@@ -84,9 +84,9 @@ class PendingCall:
     prompt_tokens: int  # estimated
 
 
-def estimate_cost(experiment: Experiment) -> CostEstimate:
-    """Go through a run without making its calls, but for a few; LLMError if all of those fail,
-    DataError as `evaluated_queries` says.
+def estimate_cost(experiment: Experiment, batch: Batch | None = None) -> CostEstimate:
+    """Go through a run without making its calls, but for a few; with `batch` at the prices of the
+    Batch API. LLMError if all of those fail, DataError as `evaluated_queries` says.
     """
     cache, settings = experiment.llm, experiment.settings
     llm = DryRunLLM(cache, cache.identity, experiment.data.task.labels)
@@ -103,7 +103,7 @@ def estimate_cost(experiment: Experiment) -> CostEstimate:
     ratio = usage.prompt_tokens / max(1, sum(call.prompt_tokens for call in measured)) or 1.0
     per_text = usage.completion_tokens / max(1, sum(call.sampling.n for call in measured))
     second = usage.seconds / max(1, usage.prompt_tokens + usage.completion_tokens)
-    prices, stages = prices_of(cache.identity, settings), []
+    prices, stages = prices_of(cache.identity, settings, batch=batch is not None), []
     for name in dict.fromkeys([*llm.kept, *(call.stage for call in calls)]):
         own = [call for call in calls if call.stage == name]
         prompt = round(ratio * sum(call.prompt_tokens for call in own))
@@ -197,7 +197,7 @@ async def _go_through(experiment: Experiment, llm: DryRunLLM) -> tuple[int, floa
         bundle = replace(blank, trained_on=tuple(training))
     else:
         methods = usable_methods(methods, [bundle], lambda line: None)
-    visible = {**bundle.records, **{user: data.history(user) for user in new}}
+    visible = Overlaid({user: data.history(user) for user in new}, bundle.records)
     parts = experiment.parts(UnlearnedParts(bundle, llm, settings, visible))
     if experiment.learns and not is_none(experiment.llm):
         labelled = labelling.asked_about(data, settings, training[: settings.labelled_users])
@@ -215,14 +215,14 @@ async def _go_through(experiment: Experiment, llm: DryRunLLM) -> tuple[int, floa
             llm.stage = stage
             if needed:
                 await _label(parts, asked, stage)
-    fitted = [user for user in new if user in bundle.records]
-    queries = chosen_queries(data, fitted, experiment.limit)
+    queries = chosen_queries(data, [u for u in new if u in bundle.records], experiment.limit)
+    limit = at_once(llm, settings.concurrency)
     for place, method in enumerate(methods):
         experiment.progress("plan", place, len(methods))
         llm.stage = f"answer {method.name}"
         if is_none(experiment.llm) and method.uses:
             continue  # what has been learned by then asks nobody
-        await map_calls(partial(_asked, method.build(parts)), queries, limit=settings.concurrency)
+        await map_calls(partial(_asked, method.build(parts)), queries, limit)
     # without learning, all texts have been encoded by now
     return _encoding(parts, [*training, *new], queries) if experiment.learns else (0, 0.0)
 

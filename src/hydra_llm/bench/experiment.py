@@ -8,6 +8,7 @@ the first one's reranker, and with it the candidates: further seeds cost no LLM 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -22,12 +23,13 @@ from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import BudgetExceeded, DataError, LLMError
 from hydra_llm.history import in_order
 from hydra_llm.llm.cache import CachedLLM
-from hydra_llm.llm.concurrency import StageProgress, map_calls, run_sync
+from hydra_llm.llm.concurrency import StageProgress, at_once, map_calls, run_sync
 from hydra_llm.training.api import blank_bundle, fit, learn
 from hydra_llm.training.choosing import chosen_over
+from hydra_llm.training.encode import encode_histories
 from hydra_llm.training.labelling import Asked, asked_about, known_queries
 from hydra_llm.training.train_scorer import silent
-from hydra_llm.types import Answer, Query, Record
+from hydra_llm.types import Answer, Overlaid, Query, Record
 
 P = TypeVar("P", bound=Parts)
 Say = Callable[[str], None]
@@ -184,7 +186,7 @@ def _case(turn: Experiment, bundles: Mapping[int, Bundle]) -> tuple[list[Parts],
     queries = chosen_queries(turn.data, list(own), turn.limit)
     parts = [
         turn.parts(
-            Parts(bundle, turn.llm, _settings(turn, bundle), {**bundle.records, **own}, seed)
+            Parts(bundle, turn.llm, _settings(turn, bundle), Overlaid(own, bundle.records), seed)
         )
         for seed, bundle in bundles.items()
     ]
@@ -249,7 +251,7 @@ async def run_methods(
             log.add(sample, details_of(query, answer))
 
     report = None if progress is None else partial(progress, "answer")
-    await map_calls(one, todo, limit=seeds[0].settings.concurrency, progress=report)
+    await map_calls(one, todo, at_once(seeds[0].llm, seeds[0].settings.concurrency), report)
     if failed is not None:
         failed += faults
     if faults and not any(sample.calls for sample in done.values()):
@@ -324,11 +326,16 @@ def learned_bundles(experiment: Experiment) -> dict[int, Bundle]:
     already; no call is made if no method uses a learned part.
     """
     settings, data, seeds = experiment.settings, experiment.data, experiment.seeds
-    if experiment.bundle is not None:
-        return {0: experiment.bundle}
+    if (given := experiment.bundle) is not None:
+        if any(method.uses for method in experiment.methods):
+            known = (data.history(user) for user in experiment.new_users if user in given.records)
+            ranks = given.reranker is not None
+            encode_histories(given, list(chain(*known)), experiment.progress, ranks=ranks)
+        return {0: given}
     if not experiment.learns:
         records = {user: in_order(data.history(user)) for user in experiment.new_users}
-        blank = blank_bundle(data.task, experiment.llm, settings, records)
+        blank = blank_bundle(data.task, experiment.llm, settings, records, experiment.progress)
+        blank.features.progress = None
         return {settings.training_seed: blank}
     out, bundles = experiment.out, dict[int, Bundle]()
     base = "bundle" if experiment.fold is None else f"bundle-{experiment.fold}"
@@ -352,7 +359,7 @@ def learned_bundle(
     bundle = Bundle.load(folder, here=settings)
     if not experiment.fit:
         own = {user: data.history(user) for user in experiment.new_users}
-        return replace(bundle.without_heads(), records={**bundle.records, **own})
+        return replace(bundle.without_heads(), records=Overlaid(own, bundle.records))
     if missing := [user for user in experiment.new_users if user not in bundle.records]:
         fitted = fit(data, bundle, llm, users=missing, progress=progress)
         fitted.report(fitted={"users": len(missing), "stages": fitted.stages_json()})

@@ -15,6 +15,7 @@ from hydra_llm.bench.report.tables import Run
 from hydra_llm.bench.results import MethodResult, tabulate, worth
 from hydra_llm.bench.runlog import Sample, lamp_answers, query_ids
 from hydra_llm.errors import SettingsError
+from hydra_llm.text import repair
 
 VERSION = 2  # of inspect_ai's log
 Json = dict[str, Any]
@@ -65,7 +66,8 @@ def _write(folder: Path, contents: Mapping[str, Json]) -> list[Path]:
     files = []
     for name, content in contents.items():
         files.append(folder / f"{name}.json")
-        files[-1].write_text(json.dumps(content), encoding="ascii")
+        # Other readers refuse half of a surrogate pair, escaped or not.
+        files[-1].write_text(repair(json.dumps(content, ensure_ascii=False)), encoding="utf-8")
     return files
 
 

@@ -233,7 +233,10 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Sample]]:
     if not isinstance(manifest.get("format"), int):
         raise SettingsError(f"{folder}: is no run (manifest.json is of something else)")
     _refuse_newer(file, manifest)
-    samples = _samples(lines)[0] if lines.exists() else []
+    try:
+        samples = _samples(lines)[0] if lines.exists() else []
+    except OSError as error:
+        raise SettingsError(f"{lines}: cannot be read ({error.strerror})") from None
     return manifest, list({sample.key: sample for sample in samples}.values())
 
 

@@ -13,13 +13,14 @@ from typer import Argument, Option
 from hydra_llm.cli import console
 from hydra_llm.cli import options as opt
 from hydra_llm.cli.table import print_table, print_text
-from hydra_llm.config import NAMES, Settings, load_settings, log_renamed
+from hydra_llm.config import NAMES, Settings, load_settings
 from hydra_llm.errors import DataError, SettingsError
 from hydra_llm.extras import require
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.meter import Prices
 from hydra_llm.llm.none import NONE
 from hydra_llm.llm.registry import check_spec
+from hydra_llm.setting_names import log_renamed
 
 if TYPE_CHECKING:
     from hydra_llm.bench.report.tables import Report
@@ -107,11 +108,11 @@ def run(
     task, chosen = dataset.task, find(dataset.task.kind, choices=choices)
     if spec == NONE:
         check_without_llm(chosen, task, settings, learned)
-    with source.opened(spec, settings) as model, console.progress() as report:
+    with source.opened(spec, settings, direct=dry_run) as model, console.progress() as report:
         plan = Experiment(dataset, model, settings, chosen, out, users, limit, repeats)
         plan = replace(plan, bundle=learned, folds=folds, choices=choices)
         experiment = replace(plan, progress=report, say=console.say)
-        result = estimate_cost(experiment) if dry_run else run_experiment(experiment)
+        result = estimate_cost(experiment, source.batch) if dry_run else run_experiment(experiment)
     if isinstance(result, CostEstimate):
         console.emit(result.to_json() if as_json else estimate_rows(result), as_json)
         return

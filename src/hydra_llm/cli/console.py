@@ -1,5 +1,7 @@
 """Output of commands: results on stdout, progress on stderr."""
 
+import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -9,6 +11,7 @@ from time import monotonic
 from typing import Any
 
 from hydra_llm.cli.table import as_cell, print_table
+from hydra_llm.llm.limiter import present
 
 Report = Callable[[str, int, int | None], None]
 """`report(stage, done, total)`: `done` of `total` steps of `stage` are done; None is unknown."""
@@ -19,14 +22,17 @@ QUIET_SECONDS = 10.0
 
 def emit(data: Any, as_json: bool = False) -> None:
     """Print a result as JSON (NaN is null), or as text, a table of rows, or `name: value` lines."""
-    from pydantic_core import to_json, to_jsonable_python
+    from pydantic_core import PydanticSerializationError, to_json, to_jsonable_python
 
+    options: Any = {"inf_nan_mode": "null", "fallback": _builtin}
     if as_json:
         unicode = "utf" in (sys.stdout.encoding or "utf-8").lower()
-        options: Any = {"inf_nan_mode": "null", "fallback": _builtin}
-        print(to_json(data, indent=2, ensure_ascii=not unicode, **options).decode())
+        try:
+            print(to_json(data, indent=2, ensure_ascii=not unicode, **options).decode())
+        except PydanticSerializationError:  # half of a surrogate pair, which it cannot escape
+            print(json.dumps(to_jsonable_python(data, **options), indent=2))
         return
-    match to_jsonable_python(data, inf_nan_mode="null", fallback=_builtin):
+    match to_jsonable_python(data, **options):
         case str(text):
             print(text)
         case dict(values):
@@ -46,6 +52,18 @@ def say(line: str) -> None:
     """Print a message for people on stderr; a full disk under it is no reason to stop."""
     with suppress(OSError):
         print(line, file=sys.stderr, flush=True)
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+def say_logged(name: str) -> None:
+    """Print what a logger tells from now on, as messages for people."""
+    logger = logging.getLogger(name)
+    logger.setLevel(logging.INFO)
+    logger.handlers, logger.propagate = [_Lines()], False
 
 
 @contextmanager
@@ -96,11 +114,11 @@ def _lines() -> Report:
 
 
 def _rate(speed: float | None, done: int, total: int | None) -> str:
-    """`2.5/s, 40 s left`, of the steps per second; empty where they are unknown."""
+    """`2.5/s, 40 s left, 12 at once`, of the steps per second; empty where they are unknown."""
     if not speed:
         return ""
-    left = "" if total is None else f", {_duration((total - done) / speed)} left"
-    return f"{speed:.3g}/s{left}"
+    left = "" if total is None else f"{_duration((total - done) / speed)} left"
+    return ", ".join(filter(None, (f"{speed:.3g}/s", left, present())))
 
 
 def _duration(seconds: float) -> str:

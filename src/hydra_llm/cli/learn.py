@@ -1,7 +1,6 @@
 """`hydra-llm learn`, `fit` and `ask`: learn a bundle, add users to it, answer with it."""
 
 import sys
-from collections import ChainMap
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +13,7 @@ from hydra_llm.errors import SettingsError
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.none import NONE
 from hydra_llm.llm.registry import bare_llm, check_spec, open_llm, wrap
-from hydra_llm.types import Answer
+from hydra_llm.types import Answer, Overlaid
 
 if TYPE_CHECKING:
     from hydra_llm.training.learned import Learned
@@ -49,6 +48,8 @@ def learn(
         from hydra_llm.gateway.spend import count_learning
         from hydra_llm.gateway.store_training import learn_from_store
 
+        if recording.batch:
+            raise SettingsError("--store asks directly: leave --batch out")
         with opt.open_store(store):
             pass  # it is there: before a file is made
         # A temporary cache of LLM answers: they quote users, who may be deleted later.
@@ -89,7 +90,7 @@ def fit(
     users = (user or dataset.users("test"))[:limit]
     with recording.opened(llm, settings) as model, console.progress() as report:
         learned = run(dataset, loaded, model, users=users, settings=settings, progress=report)
-    learned.bundle.save(bundle)
+    learned.bundle.save_users(bundle, learned.users)
     _print_learned(learned, bundle, as_json)
 
 
@@ -130,10 +131,15 @@ def ask(
 ) -> None:
     """Answer one text for one user. `--json` adds records, prompt, candidates, scores and costs."""
     check_spec(llm)
+    from hydra_llm.training.encode import encode_histories
+
     loaded, settings = options.open_bundle(bundle, k=k, **vars(selection))
+    with console.progress(quiet=as_json) as report:
+        records = loaded.records.get(user, ())[-(limit or 0) :]
+        encode_histories(loaded, records, report, ranks=loaded.reranker is not None)
     personalizer = loaded.personalizer(open_llm(llm, settings), settings)
     if limit is not None and user in loaded.records:
-        latest = ChainMap({user: loaded.records[user][-limit:]}, loaded.records)
+        latest = Overlaid({user: loaded.records[user][-limit:]}, loaded.records)
         personalizer = replace(personalizer, records=latest)
     answer = personalizer.answer(sys.stdin.read().strip() if text == "-" else text, user=user)
     for note in answer.proposal.notes:

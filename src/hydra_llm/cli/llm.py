@@ -1,14 +1,15 @@
-"""`hydra-llm llm`: checks of an LLM."""
+"""`hydra-llm llm`: checks of an LLM, and its batches."""
 
 from contextlib import aclosing
 from typing import Annotated, Any
 
 import typer
-from typer import Argument
+from typer import Argument, Option
 
 from hydra_llm.cli import console
 from hydra_llm.cli.options import AsJson, GivenSettings, with_option_sets
 from hydra_llm.config import load_settings
+from hydra_llm.errors import SettingsError
 from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.endpoint import without_userinfo
@@ -36,6 +37,31 @@ def check(
     if not as_json:
         del figures["usage"]
     console.emit(figures, as_json)
+
+
+@app.command()
+@with_option_sets
+def batches(
+    spec: Annotated[str, Argument(help="openai:MODEL[@URL].")],
+    options: GivenSettings,
+    cancel: Annotated[str | None, Option(help="Cancel the batch of this id.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List an LLM's batches that `--batch` has sent, as the endpoint tells them now."""
+    from hydra_llm.llm.batch import BatchLLM, from_spec
+
+    name, _, rest = spec.partition(":")
+    if name != "openai":
+        raise SettingsError(f"{without_userinfo(spec)} has no Batch API: write openai:MODEL[@URL]")
+
+    async def listed(llm: BatchLLM) -> list[dict[str, Any]]:
+        async with aclosing(llm):
+            if cancel is not None:
+                console.say(f"{cancel}: {await llm.cancel(cancel)}")
+            return [await llm.status(kept) for kept in llm.state.batches()]
+
+    llm = from_spec(rest, load_settings(file=options.config, **options.given()))
+    console.emit(run_sync(lambda: listed(llm)), as_json)
 
 
 async def examine(llm: ChatLLM) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A subcommand's module is imported only when it is called, so that `--help` stays fast. Each option
 can be given as `HYDRA_<COMMAND>_<OPTION>`: `HYDRA_ASK_SEED=3 hydra-llm ask`. Exit codes: 0 done,
-1 the LLM failed or a bug, 2 an error that the user can fix, 130 Ctrl-C.
+1 the LLM failed or a bug, 2 an error that the user can fix, 3 a batch is not done yet, 130 Ctrl-C.
 """
 
 import errno
@@ -40,7 +40,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "ask": ("hydra_llm.cli.learn:ask", "Answer one question for one user."),
     "bench": ("hydra_llm.cli.bench:app", "Compare methods on the same users and queries."),
     "data": ("hydra_llm.cli.data:app", "Import, check and download data sets."),
-    "llm": ("hydra_llm.cli.llm:app", "Check an LLM."),
+    "llm": ("hydra_llm.cli.llm:app", "Check an LLM; list and cancel its batches."),
     "completion": ("hydra_llm.cli.completion:completion", "Print a shell's completion script."),
     "init": ("hydra_llm.cli.init:init", "Write an example of the settings file."),
     "serve": ("hydra_llm.cli.serve:serve", "Run the personalizing, OpenAI-compatible gateway."),
@@ -88,7 +88,7 @@ def _set_variables(command: Any, *path: str) -> None:
             only_former = old in os.environ and new not in os.environ
             option.envvar = old if only_former else new
             if only_former:
-                from hydra_llm.config import log_renamed
+                from hydra_llm.setting_names import log_renamed
 
                 log_renamed(old, new)
     for name, below in getattr(command, "commands", {}).items():

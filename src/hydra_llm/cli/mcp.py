@@ -6,8 +6,10 @@ the bundle and the checks of keys stay in one process, and the gateway may be re
 """
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from urllib.parse import quote
 
 from typer import Option
 
@@ -43,7 +45,7 @@ def mcp(
             problem = "holds a blank, a line break or a character outside ASCII"
             raise SettingsError(f"HYDRA_MCP_KEY {problem}: remove it (it is not shown here)")
         headers["authorization"] = f"Bearer {key}"
-    run_sync(lambda: _serve(address, headers))
+    run_sync(lambda: _serve(address, headers, user))
 
 
 def _address(url: str) -> str:
@@ -57,8 +59,10 @@ def _address(url: str) -> str:
     return f"{base}/mcp"
 
 
-async def _serve(address: str, headers: dict[str, str]) -> None:
-    """Until stdin ends. Raises UserFault where the gateway does not answer at the start."""
+async def _serve(address: str, headers: dict[str, str], user: str) -> None:
+    """Until stdin ends. Raises UserFault where the gateway does not answer at the start, or the key
+    is not the user's.
+    """
     import httpx2
     from mcp.server.lowlevel import Server
     from mcp.server.stdio import stdio_server
@@ -70,6 +74,8 @@ async def _serve(address: str, headers: dict[str, str]) -> None:
         http = httpx2.AsyncClient(headers=encoded, timeout=SECONDS)
     async with http:
         relay = _Relay(address, http)
+        if user:
+            await relay.check(user)
         server: Server[Any] = Server(
             "hydra-llm",
             version=__version__,
@@ -87,6 +93,15 @@ class _Relay:
 
     address: str
     http: "httpx2.AsyncClient"
+
+    async def check(self, user: str) -> None:
+        """Raises UserFault where the key may not speak for the user: it would speak for its own."""
+        import httpx2
+
+        known = f"{self.address.removesuffix('/mcp')}/v1/users/{quote(user, safe='')}"
+        with suppress(httpx2.HTTPError):  # the first request of the protocol tells of it
+            if (await self.http.get(known)).status_code == 403:
+                raise UserFault(f"the key is not for the user '{user}': leave --user out")
 
     async def instructions(self) -> str | None:
         """What the gateway says of itself."""

@@ -15,6 +15,7 @@ from typer import Option
 from hydra_llm.cli import console
 from hydra_llm.config import NAMES, Settings, load_settings
 from hydra_llm.errors import SettingsError
+from hydra_llm.llm.base import Batch
 from hydra_llm.llm.cache import CachedLLM, merge_recording, write_recording
 from hydra_llm.llm.registry import open_llm
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from hydra_llm.store.store import Store
 
 LLM_HELP = "openai:MODEL[@URL], gguf:PATH, openvino:PATH, smollm2, replay:FILE, fake:KIND"
+BATCH_HELP = "By the Batch API, for less money: wait, or submit and stop."
 SET_HELP = "A setting (docs/settings.md), as model.head=kernel; repeatable."
 LLM = Annotated[str, Option("--llm", help=f"{LLM_HELP}; see `llm check`.")]
 LearnLLM = Annotated[str, Option("--llm", help=f"{LLM_HELP}; none for recorded choices.")]
@@ -113,14 +115,18 @@ class Selection:
 
 @dataclass(frozen=True)
 class Recording:
-    """Where the LLM's answers are recorded."""
+    """How the LLM is called, and where its answers are recorded."""
 
     record: Annotated[Path | None, Option(help="Record the LLM's answers in this file.")] = None
+    batch: Annotated[Batch | None, Option(help=BATCH_HELP)] = None
 
     @contextmanager
-    def opened(self, spec: str, settings: Settings) -> Iterator[CachedLLM]:
-        """The LLM of a command; recorded answers are reused, and new ones always recorded."""
-        llm = open_llm(spec, settings)
+    def opened(self, spec: str, settings: Settings, *, direct: bool = False) -> Iterator[CachedLLM]:
+        """The LLM of a command, `direct` without batches; recorded answers are reused, and new ones
+        always recorded.
+        """
+        llm = open_llm(spec, settings, batch=None if direct else self.batch)
+        console.say_logged("hydra_llm.llm.batch")
         if self.record is not None and self.record.exists():
             merge_recording(self.record, llm)
         try:

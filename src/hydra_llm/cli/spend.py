@@ -101,7 +101,7 @@ def prices(
         price = known.of(name)
         if price is None:
             raise SettingsError(f"{name}: no price is known: write it into a file (docs/spend.md)")
-        about = {"noted": price.noted, "source": price.source}
+        about = {"batch": price.batch, "noted": price.noted, "source": price.source}
         amounts = {"input": price.input, "cached": price.cached, "output": price.output}
         rows.append({"model": name, **amounts, **about})
     console.emit(rows, as_json)

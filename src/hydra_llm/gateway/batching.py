@@ -4,10 +4,11 @@ texts, and the pairs of texts, that all of them need go through the encoder in o
 
 import asyncio
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -18,7 +19,8 @@ Encode = Callable[[Sequence[str]], Any]
 Pairs = Sequence[tuple[str, str]]
 EncodePairs = Callable[[Sequence[str], Sequence[str]], Any]
 MAX_BATCH = 64  # jobs whose texts go into one batch
-IDLE_JOB_EVERY = 8  # batches after which an idle job has its turn, however many wait
+QUIET_SECONDS = 0.02  # after a request was worked on, before an idle job begins
+IDLE_SECONDS = 0.25  # after which an idle job has its turn, however many requests there are
 
 
 class Overloaded(HydraError):
@@ -28,7 +30,7 @@ class Overloaded(HydraError):
 @dataclass(frozen=True, slots=True)
 class _Job:
     do: Callable[[], Any]
-    texts: Sequence[str] = ()
+    texts: Callable[[], Sequence[str]] = tuple
     pairs: Callable[[], Pairs] = tuple
     result: "Future[Any]" = field(default_factory=Future)
 
@@ -84,7 +86,8 @@ class MicroBatcher:
     def __init__(self, encode: Encode | None, max_waiting: int, encode_pairs: EncodePairs | None):
         self._encode, self._encode_pairs = encode, encode_pairs
         self._waiting, self._later = FairQueue(max_waiting), FairQueue(max_waiting)
-        self._ended = False
+        self._ended, self._attended, self._quiet_from = False, 0, 0.0
+        self._idle_done = time.monotonic()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
         self._thread.start()
@@ -92,16 +95,17 @@ class MicroBatcher:
     async def run(
         self,
         do: Callable[[], R],
-        texts: Sequence[str] = (),
         *,
         user: str,
+        texts: Callable[[], Sequence[str]] = tuple,
         pairs: Callable[[], Pairs] = tuple,
         idle: bool = False,
     ) -> R:
-        """Await `do()` in the scoring thread, after its texts, and then what `pairs()` gives there,
-        were encoded together with those of other waiting jobs. An idle job begins when no other
-        waits; it must be short. `user` is for whom it is done, "" for the server itself. Raises
-        `Overloaded` if the thread has ended, or too many jobs of users wait.
+        """Await `do()` in the scoring thread, after what `texts()`, and then `pairs()`, give there
+        was encoded together with those of other waiting jobs. An idle job begins when no request is
+        worked on, here or in `attending`; it must be short. `user` is for whom it is done, "" for
+        the server itself. Raises `Overloaded` if the thread has ended, or too many jobs of users
+        wait.
         """
         job = _Job(do, texts, pairs)
         with self._changed:
@@ -112,6 +116,19 @@ class MicroBatcher:
         result: R = await asyncio.wrap_future(job.result)
         return result
 
+    @contextmanager
+    def attending(self) -> Iterator[None]:
+        """Around what the server itself does for a request: idle jobs would take its processor."""
+        with self._changed:
+            self._attended += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._attended -= 1
+                self._quiet_from = time.monotonic() + QUIET_SECONDS
+                self._changed.notify()
+
     def close(self) -> None:
         """Finish what waits, then end the thread."""
         with self._changed:
@@ -120,29 +137,41 @@ class MicroBatcher:
         self._thread.join()
 
     def _run(self) -> None:
-        batches = 0
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._later or self._ended)
+                while not (self._waiting or self._ended or (self._later and self._pause() <= 0)):
+                    self._changed.wait(self._pause() if self._later else None)
                 size = min(len(self._waiting), MAX_BATCH)
                 batch = [self._waiting.take() for _ in range(size)]
                 if not batch and self._ended:
                     while self._later:
                         self._later.take().result.cancel()
                     return
-                batches = batches + 1 if batch else 0
-                idle = self._later and batches % IDLE_JOB_EVERY == 0 and not self._ended
+                idle = self._later and self._pause(bool(batch)) <= 0 and not self._ended
                 after = [self._later.take()] if idle else []
             self._do(batch)
             self._do(after)
+            if after:
+                self._idle_done = time.monotonic()
+
+    def _pause(self, busy: bool = False) -> float:
+        """Seconds until an idle job may begin."""
+        begin = self._idle_done + IDLE_SECONDS
+        if not (busy or self._attended):
+            begin = min(begin, self._quiet_from)
+        return begin - time.monotonic()
 
     def _do(self, batch: Sequence[_Job]) -> None:
         jobs = [job for job in batch if job.result.set_running_or_notify_cancel()]
-        texts = dict.fromkeys(text for job in jobs for text in job.texts)
-        # An error of the encoder occurs again, and is reported, in the job that needs the text.
-        if texts and self._encode is not None:
-            with suppress(Exception):
-                self._encode(list(texts))
+        # An error occurs again, and is reported, in the job that needs the text.
+        if self._encode is not None:
+            texts: dict[str, None] = {}
+            for job in jobs:
+                with suppress(Exception):
+                    texts |= dict.fromkeys(job.texts())
+            if texts:
+                with suppress(Exception):
+                    self._encode(list(texts))
         if self._encode_pairs is not None:
             pairs: dict[tuple[str, str], None] = {}
             for job in jobs:

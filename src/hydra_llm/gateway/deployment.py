@@ -1,7 +1,7 @@
 """What requests are answered with: a bundle's pipeline, or a retriever alone without a bundle."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,14 +33,15 @@ ANY_TASK = Task("chat", "generation", "{input}")  # what is answered without a b
 WITHOUT_BUNDLE = {"parsing": "strict", "prompt_style": "turns", "max_prompt_tokens": 4096}
 WITHOUT_BUNDLE |= {"retriever": "bm25"}
 """Of a conversation's answer every line counts, and conversations are longer than tasks."""
-RECORDS_AT_ONCE = 2  # six texts, some hundredths of a second that a request has to wait
+RECORDS_AT_ONCE = 4  # whose features are written in one transaction
+CHARACTERS_AT_ONCE = 300  # encoded in one go: about a hundredth of a second that requests wait
 
 
 @dataclass(frozen=True, eq=False)
 class Deployment:
     """A pipeline in use, with its users and scoring thread; replaced as a whole with the bundle.
 
-    Where scoring needs a user's history encoded, that is done when no request waits, a few records
+    Where scoring needs a user's history encoded, that is done when no request waits, a few texts
     at a time. Vectors are written to disk in a transaction that locks the user: a deletion, by any
     server, comes before it, and then nothing is written, or after it, and then it removes them too.
     """
@@ -96,9 +97,9 @@ class Deployment:
             while user := await self.reads.read(partial(self.users.current, name)):
                 if not (texts := texts_of(user.records[start : start + RECORDS_AT_ONCE])):
                     return
-                await self.batcher.run(
-                    partial(features.texts, texts, keep=False), user=name, idle=True
-                )
+                for part in _portions(texts):
+                    encode = partial(features.texts, part, keep=False)
+                    await self.batcher.run(encode, user=name, idle=True)
                 with suppress(StaleVersion):  # the user has changed: read again
                     await run_sync(write, user, texts)
                     start += RECORDS_AT_ONCE
@@ -125,6 +126,19 @@ class Deployment:
         cache = self.pipeline.settings.cache / "features.sqlite"
         forget = self.features.forget if self.features else partial(forget_features, cache)
         return forget_unused(self.store, forget, texts, but)
+
+
+def _portions(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts in parts of at most `CHARACTERS_AT_ONCE`, or of one text."""
+    part, size = list[str](), 0
+    for text in texts:
+        if part and size + len(text) > CHARACTERS_AT_ONCE:
+            yield part
+            part, size = [], 0
+        part.append(text)
+        size += len(text)
+    if part:
+        yield part
 
 
 def named(folder: Path, weights: str) -> str:
@@ -163,6 +177,7 @@ def open_deployment(
     from hydra_llm.bundle import Bundle
 
     loaded = Bundle.load(folder, here=here)
+    loaded.check_precision()  # feedback moves heads
     chosen = loaded.settings.model_copy(update=overrides)
     # The bundle's own users are the store's like any others: the store's records and heads count.
     bundle = replace(loaded.without_people(str), settings=chosen)
@@ -184,8 +199,7 @@ def open_features(settings: Settings, what: str = "") -> FeatureCache:
     require("learn", what or f"the retriever '{settings.retriever}'")
     from hydra_llm.model.encoder import open_encoder
 
-    pooling, length = settings.pooling, settings.max_length
-    encoder = open_encoder(settings.encoder, pooling=pooling, max_length=length)
+    encoder = open_encoder(settings.encoder, **settings.of_encoder)
     features = FeatureCache(encoder, settings.cache / "features.sqlite")
     features.keep = False  # as a bundle's
     return features

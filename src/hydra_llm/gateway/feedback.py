@@ -44,7 +44,9 @@ async def take_feedback(gateway: Gateway, given: FeedbackIn, request: Request) -
     for _ in range(TRIES):
         state = await run_sync(feedback.read)
         learn = partial(feedback.learn, state)
-        judged, heads = await feedback.deployment.batcher.run(learn, texts, user=request.user)
+        judged, heads = await feedback.deployment.batcher.run(
+            learn, user=request.user, texts=lambda: texts
+        )
         has_room = len(state.user.records) < gateway.settings.max_records
         record = feedback.record if has_room or state.replaced else None
         try:

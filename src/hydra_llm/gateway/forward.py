@@ -42,7 +42,7 @@ async def forward(http: Request) -> Response:
     caller: Caller = http.state.caller
     whose = gateway.settings.passthrough
     path = _path(http)
-    if whose == "off" or not path or path.partition("/")[0] in OWN:
+    if whose == "off" or not path or path.partition("/")[0].lower() in OWN:
         raise ApiError(404, "no such endpoint", code="unknown_url")
     if whose == "admin" and not caller.admin:
         message = "this key opens no other endpoints of the upstream: see the setting passthrough"

@@ -87,7 +87,8 @@ class Gateway:
         try:
             if user is None:
                 raise NotPersonal("no-user")
-            return await self._personalized(routed, user)
+            with routed.deployment.batcher.attending():
+                return await self._personalized(routed, user)
         except NotPersonal as reason:
             if user is not None and str(reason) in UNREAD:
                 await self.read_payer(user)
@@ -160,7 +161,8 @@ class Gateway:
         )
         search.span = self.telemetry.tracing.parent
         try:
-            await deployment.batcher.run(search.run, [text], user=name, pairs=search.pairs)
+            how: Any = {"user": name, "texts": search.texts, "pairs": search.pairs}
+            await deployment.batcher.run(search.run, **how)
         except Exception as error:
             busy = isinstance(error, Overloaded)
             self.telemetry.failed("scoring" if busy else "retriever", error)
@@ -210,6 +212,22 @@ class Gateway:
         if not isinstance(request, PersonalRequest):
             self.telemetry.answered(request.reason, request.seconds)
             return completions[0], request
+        with request.deployment.batcher.attending():
+            return await self._chosen(request, completions, greedy), request
+
+    def without_records(self, request: RoutedRequest, error: UpstreamError) -> RoutedRequest:
+        """The request as the caller wrote it; raises if it is not the records that were refused."""
+        if not isinstance(request, PersonalRequest) or error.status not in RECORDS_REFUSED:
+            raise error
+        self.telemetry.failed("records", error)
+        return request.passed_through("upstream-refused")
+
+    # ---- behind the upstream
+
+    async def _chosen(
+        self, request: PersonalRequest, completions: Sequence[Body], greedy: int
+    ) -> Body:
+        """The completion with the user's pick first, which is kept for feedback."""
         own, *samples = [completion["choices"] for completion in completions]
         if request.form != "text":  # a call of a tool is no other text
             samples = [list(filter(is_text, sample)) for sample in samples]
@@ -228,16 +246,7 @@ class Gateway:
             completion["personalization"] = personalization_of(request, ranked, kept)
         chosen = None if ranked.unscored else ranked.abstained
         self.telemetry.answered(None, request.seconds, chosen)
-        return completion, request
-
-    def without_records(self, request: RoutedRequest, error: UpstreamError) -> RoutedRequest:
-        """The request as the caller wrote it; raises if it is not the records that were refused."""
-        if not isinstance(request, PersonalRequest) or error.status not in RECORDS_REFUSED:
-            raise error
-        self.telemetry.failed("records", error)
-        return request.passed_through("upstream-refused")
-
-    # ---- behind the upstream
+        return completion
 
     async def _rank(
         self, request: PersonalRequest, choices: Sequence[Body], greedy: int
@@ -264,7 +273,9 @@ class Gateway:
 
             name = request.search.user.name
             ranked = partial(rank, pipeline, context.without_vectors(), choices, greedy)
-            return await request.deployment.batcher.run(ranked, texts, user=name, pairs=pairs)
+            how: Any = {"user": name, "texts": lambda: texts, "pairs": pairs}
+            ranking: RankedChoices = await request.deployment.batcher.run(ranked, **how)
+            return ranking
         except Exception as error:  # whatever it is must not cost the caller an answer
             self.telemetry.failed("adapter", error)
             return unranked(choices, "scoring-failure")

@@ -1,6 +1,5 @@
 """Anthropic's Messages API: /v1/messages, answered as chat (messages.py translates)."""
 
-import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from hydra_llm.gateway.chat import answer_id, answer_translated, user_of
 from hydra_llm.gateway.messages import PREFIX, MessageWriter, count_tokens, error_event, to_chat
 from hydra_llm.gateway.pieces import chunks_in, named_event
 from hydra_llm.gateway.routed import RoutedRequest
-from hydra_llm.gateway.schemas import MessageRequest, PromptRequest
+from hydra_llm.gateway.schemas import MessageRequest, PromptRequest, body_of
 from hydra_llm.gateway.upstream import Body
 
 router = APIRouter(prefix="/v1/messages", tags=["Anthropic"])
@@ -22,7 +21,7 @@ async def create_message(request: MessageRequest, http: Request) -> Response:
     """Answer as /v1/chat/completions does, in the form of Anthropic's Messages API. The key may be
     in the header `x-api-key`, the user in `metadata.user_id` or the header `x-hydra-user`.
     """
-    body = json.loads(await http.body())
+    body = body_of(await http.body())
     wire = _MessageWire(request.model)
     return await answer_translated(http, to_chat(body), user_of(http, body), wire)
 
@@ -30,7 +29,7 @@ async def create_message(request: MessageRequest, http: Request) -> Response:
 @router.post("/count_tokens", response_model=None)
 async def count(request: PromptRequest, http: Request) -> dict[str, Any]:
     """The tokens of a request by rule of thumb, without those of records."""
-    body = json.loads(await http.body())
+    body = body_of(await http.body())
     user_of(http, body)
     return {"input_tokens": count_tokens(to_chat(body))}
 

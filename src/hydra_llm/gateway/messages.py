@@ -9,8 +9,7 @@ from typing import Any
 from hydra_llm.gateway.pieces import ChunkReader, Kind, Piece, named_event
 from hydra_llm.gateway.responses import response_format
 from hydra_llm.gateway.schemas import ApiError
-from hydra_llm.llm.wire import text_of
-from hydra_llm.prompt import PER_MESSAGE, estimate
+from hydra_llm.prompt import estimate, message_tokens
 
 Body = Mapping[str, Any]
 Message = dict[str, Any]
@@ -18,6 +17,7 @@ PREFIX = "msg_"
 SAME = ("model", "stream", "max_tokens", "temperature", "top_p", "personalization", "user")
 """Fields that chat completions have too; those that only Claude understands are left out."""
 REFUSED = ("container", "mcp_servers")
+FAILED = "Error"
 ERRORS = {
     401: "authentication_error",
     402: "billing_error",
@@ -67,10 +67,10 @@ def to_chat(body: Body) -> dict[str, Any]:
 
 def count_tokens(chat: Body) -> int:
     """The tokens of a chat request by rule of thumb: the tokenizer is the upstream's own."""
-    said = [text_of(message) for message in chat["messages"]]
-    calls = [message.get("tool_calls") for message in chat["messages"]]
-    others = [json.dumps(part) for part in (*calls, chat.get("tools")) if part]
-    return sum(map(estimate, said + others)) + PER_MESSAGE * len(said)
+    tools = chat.get("tools")
+    return sum(map(message_tokens, chat["messages"])) + (
+        estimate(json.dumps(tools)) if tools else 0
+    )
 
 
 def _system(system: Any) -> list[Message]:
@@ -88,10 +88,12 @@ def _messages(where: str, message: Body) -> list[Message]:
     messages, others, calls = list[Message](), list[Any](), list[Any]()
     for place, block in enumerate(content):
         match block:
-            case {"type": "tool_result", "tool_use_id": id}:
+            case {"type": "tool_result", "tool_use_id": str(id)}:
                 said = _content(f"{where}.content[{place}]", block.get("content") or "")
+                if block.get("is_error"):  # chat completions have no field for it
+                    said = _failed(said)
                 messages.append({"role": "tool", "tool_call_id": id, "content": said})
-            case {"type": "tool_use", "id": id, "name": name}:
+            case {"type": "tool_use", "id": str(id), "name": str(name)}:
                 function = {"name": name, "arguments": json.dumps(block.get("input") or {})}
                 calls.append({"id": id, "type": "function", "function": function})
             case _:
@@ -101,6 +103,13 @@ def _messages(where: str, message: Body) -> list[Message]:
         called = {"tool_calls": calls} if calls else {}
         messages.append({"role": role, "content": said or (None if calls else ""), **called})
     return messages
+
+
+def _failed(said: Any) -> Any:
+    """The content of a result that says that the tool has failed."""
+    if isinstance(said, list):
+        return [{"type": "text", "text": FAILED}, *said]
+    return f"{FAILED}: {said}" if said else FAILED
 
 
 def _content(where: str, content: Any) -> Any:
@@ -140,6 +149,8 @@ def _tool(where: str, tool: Any) -> dict[str, Any]:
     kind = tool.get("type") if isinstance(tool, Mapping) else tool
     if kind not in (None, "custom"):
         raise _untranslatable(where, f"the tool '{kind}'")
+    if not isinstance(tool.get("name"), str):
+        raise ApiError(400, f"{where}.name: must be a text", param=f"{where}.name")
     given = {"description": tool.get("description"), "parameters": tool.get("input_schema")}
     told = {name: value for name, value in given.items() if value is not None}
     return {"type": "function", "function": {"name": tool.get("name"), **told}}

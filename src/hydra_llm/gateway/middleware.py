@@ -74,9 +74,12 @@ class AccessMiddleware:
         state = scope.setdefault("state", {})
         scope = _as_sent(scope)
         try:
-            if not self._is_open(get_route_path(scope)):
+            path = get_route_path(scope)
+            if not self._is_open(path):
                 await self._authorize(scope)
                 bill.key = scope["state"]["caller"].key
+            elif path.startswith("/metrics") and await self._is_keyless():  # costs, ids of keys
+                check_origin(scope, self._gateway.settings.cors_origins, keyless=True)
             await self._app(scope, self._limited(scope, receive), watched)
         except ConnectionCut:
             raise
@@ -99,6 +102,11 @@ class AccessMiddleware:
         """Whether no key is asked for in a header."""
         on = self._gateway.settings.dashboard
         return path.startswith(OPEN_PATHS) or (on and f"{path}/".startswith(f"{DASHBOARD}/"))
+
+    async def _is_keyless(self) -> bool:
+        with suppress(ApiError, StoreError):
+            return await self._gateway.reads.read(partial(self._find, "")) is WITHOUT_KEYS
+        return False
 
     async def _settle(self, bill: Bill) -> None:
         """Write what a payer with a limit has spent, before the end of the answer is told: the next
@@ -158,7 +166,11 @@ class AccessMiddleware:
 
 
 def _as_sent(scope: Scope) -> Scope:
-    """Paths of users as they were sent: a decoded `%2F` would split an id (user_routes decodes)."""
+    """Paths of users as they were sent: a decoded `%2F` would split an id (user_routes decodes).
+    MCP's with a slash at its end, as clients write it, without.
+    """
+    if get_route_path(scope) == f"{MCP_PATH}/":
+        return {**scope, "path": scope["path"].rstrip("/")}
     if get_route_path(scope).startswith("/v1/users/") and (raw := scope.get("raw_path")):
         return {**scope, "path": quote(raw, safe=string.printable)}
     return scope

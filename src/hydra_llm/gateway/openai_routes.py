@@ -1,6 +1,5 @@
 """OpenAI's endpoints but that of responses; gateway.py decides what an answer is."""
 
-import json
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -9,7 +8,7 @@ from hydra_llm.gateway.chat import ChatWire, answer_chat, answer_translated, use
 from hydra_llm.gateway.embedded import EmbeddedUpstream
 from hydra_llm.gateway.forward import pass_on
 from hydra_llm.gateway.gateway import Gateway
-from hydra_llm.gateway.schemas import ChatRequest, Json, TextRequest
+from hydra_llm.gateway.schemas import ChatRequest, Json, TextRequest, body_of
 from hydra_llm.gateway.texts import Embedder, TextWire, to_chat
 
 ANYONE = "-"  # whose turn it is where a request names no user
@@ -21,7 +20,7 @@ async def chat(request: ChatRequest, http: Request) -> Response:
     """Answer a conversation, as this user would want where the user has a history. The user is
     named by the header `x-hydra-user` or the field `user`; the settings list further ones.
     """
-    body = json.loads(await http.body())
+    body = body_of(await http.body())
     return await answer_chat(http, request, body, user_of(http, body), ChatWire())
 
 
@@ -32,7 +31,7 @@ async def complete(request: TextRequest, http: Request) -> Response:
     """
     if not isinstance(http.app.state.gateway.upstream, EmbeddedUpstream):
         return await pass_on(http, "completions")
-    body = json.loads(await http.body())
+    body = body_of(await http.body())
     user = user_of(http, body)
     return await answer_translated(http, to_chat(body), user, TextWire())
 
@@ -43,7 +42,7 @@ async def embed(request: TextRequest, http: Request) -> Response:
     gateway: Gateway = http.app.state.gateway
     if not isinstance(gateway.upstream, EmbeddedUpstream):
         return await pass_on(http, "embeddings")
-    body = json.loads(await http.body())
+    body = body_of(await http.body())
     user = user_of(http, body).id or http.state.caller.key or ANYONE
     embedder: Embedder = http.app.state.embedder
     return Json(await embedder.embed(gateway.deployment, body, user, gateway.settings.max_text))

@@ -2,7 +2,6 @@
 kept per user, for `previous_response_id` and to be read again, until they or the user are deleted.
 """
 
-import json
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -20,7 +19,7 @@ from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.pieces import chunks_in
 from hydra_llm.gateway.responses import PREFIX, Item, ResponseWriter, to_chat
 from hydra_llm.gateway.routed import RoutedRequest
-from hydra_llm.gateway.schemas import ApiError, Id, Json, ResponseRequest
+from hydra_llm.gateway.schemas import ApiError, Id, Json, ResponseRequest, body_of
 from hydra_llm.gateway.upstream import Body
 from hydra_llm.store.values import StoredResponse
 
@@ -34,7 +33,7 @@ router = APIRouter(prefix="/v1/responses", tags=["OpenAI"])
 async def create_response(request: ResponseRequest, http: Request) -> Response:
     """Answer as /v1/chat/completions does, in the form of OpenAI's Responses API."""
     gateway: Gateway = http.app.state.gateway
-    body = json.loads(await http.body())
+    body = body_of(await http.body())
     user = user_of(http, body)
     kept = _Conversation(gateway, body, user.id)
     await kept.read(request)
@@ -43,8 +42,11 @@ async def create_response(request: ResponseRequest, http: Request) -> Response:
 
 
 @router.get("/{id}", response_model=None)
-async def get_response(id: Id, http: Request) -> Response:
-    """A response that is kept."""
+async def get_response(id: Id, http: Request, stream: bool = False) -> Response:
+    """A response that is kept, as a whole."""
+    if stream:
+        message = "stream: a response that is kept has ended, read it without stream"
+        raise ApiError(400, message, param="stream", code="unsupported_parameter")
     return Json((await _owned(id, http)).content["response"])
 
 

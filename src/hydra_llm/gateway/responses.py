@@ -33,6 +33,7 @@ ECHOED: Body = {
     "reasoning": {"effort": None, "summary": None},
 }
 """Fields of a request that its response repeats, with their defaults."""
+FORMATS = "json_object or json_schema"
 LOGPROBS = "message.output_text.logprobs"
 ENDS = {"length": "max_output_tokens", "content_filter": "content_filter"}
 """Finish reasons of answers that are not whole, as the Responses API names them."""
@@ -80,8 +81,12 @@ def response_format(form: Any) -> Any:
     """A chat request's `response_format` of `text.format`; None for plain text."""
     if not isinstance(form, Mapping) or form.get("type") in (None, "text"):
         return None
-    if form["type"] != "json_schema":
+    if form["type"] == "json_object":
         return dict(form)
+    if form["type"] != "json_schema":
+        raise ApiError(
+            400, f"the format '{form['type']}' is not known: text, {FORMATS}", param="text"
+        )
     names = ("name", "description", "schema", "strict")
     schema = {name: form[name] for name in names if form.get(name) is not None}
     return {"type": "json_schema", "json_schema": {"name": "answer", **schema}}
@@ -97,10 +102,13 @@ def messages_of(items: Sequence[Body]) -> list[dict[str, Any]]:
                 content = _content(where, item.get("content"))
                 messages.append({"role": _role(where, item.get("role")), "content": content})
             case "function_call":
-                _add_call(messages, item)
+                _add_call(messages, where, item)
             case "function_call_output":
                 content = _content(where, item.get("output"))
-                id = str(item.get("call_id"))
+                id = _text(where, item, "call_id")
+                if not isinstance(content, str | list):
+                    fault = f"{where}.output: must be a text or a list of parts"
+                    raise ApiError(400, fault, param=f"{where}.output")
                 messages.append({"role": "tool", "tool_call_id": id, "content": content})
             case "reasoning":  # the model's own: chat completions do not take it back
                 pass
@@ -116,10 +124,19 @@ def _role(where: str, role: Any) -> str:
     return "system" if role == "developer" else str(role)  # as every endpoint knows it
 
 
-def _add_call(messages: list[dict[str, Any]], item: Body) -> None:
+def _text(where: str, item: Body, name: str) -> str:
+    """A field that must be a text; else `ApiError` 400."""
+    value = item.get(name)
+    if not isinstance(value, str) or not value:
+        raise ApiError(400, f"{where}.{name}: must be a text", param=f"{where}.{name}")
+    return value
+
+
+def _add_call(messages: list[dict[str, Any]], where: str, item: Body) -> None:
     """Add a call to the assistant's message: all calls before a result are one message's."""
-    function = {"name": item.get("name"), "arguments": item.get("arguments") or "{}"}
-    call = {"id": item.get("call_id"), "type": "function", "function": function}
+    given = {"arguments": "{}", **{name: own for name, own in item.items() if own}}
+    function = {name: _text(where, given, name) for name in ("name", "arguments")}
+    call = {"id": _text(where, item, "call_id"), "type": "function", "function": function}
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": None})
     messages[-1].setdefault("tool_calls", []).append(call)

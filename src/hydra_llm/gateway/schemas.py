@@ -3,6 +3,7 @@ Errors have OpenAI's body and status, so that the official SDK raises its own cl
 """
 
 import json
+import math
 import unicodedata
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -23,7 +24,7 @@ from pydantic_core import PydanticCustomError
 
 from hydra_llm.datasets.native import number_as_text
 from hydra_llm.llm.wire import content_fault
-from hydra_llm.text import text_fault
+from hydra_llm.text import json_text, text_fault
 
 MAX_ID = 200  # characters
 NOT_IN_IDS = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, surrogates, line separators
@@ -254,7 +255,21 @@ class Json(JSONResponse):
         try:
             return super().render(content)
         except ValueError:  # also NaN, which no JSON is but an upstream may have sent
-            return json.dumps(content, separators=(",", ":")).encode("ascii")
+            return json_text(content, ascii=True).encode("ascii")
+
+
+def body_of(content: bytes) -> Any:
+    """The JSON of a request's body. `ApiError` 400: a number that no JSON can hold."""
+
+    def refused(number: str) -> float:
+        message = f"{number[:40]} is no number that JSON can hold"
+        raise ApiError(400, message, code="invalid_json")
+
+    def number(text: str) -> float:
+        value = float(text)
+        return value if math.isfinite(value) else refused(text)
+
+    return json.loads(content, parse_float=number, parse_constant=refused)
 
 
 def fault_of(text: str, max_length: int) -> str:

@@ -37,8 +37,6 @@ class RecordSearch:
     in_task_words: bool = False  # whether the question is the task's instruction around a text
     gated: bool = True  # False: the caller knows that records may be used
     seconds: dict[str, float] = field(default_factory=dict, init=False)  # by stage
-    warm: bool = field(default=False, init=False)
-    """Whether the user's history is encoded; else the retriever's order is kept."""
     beside: list[list[Ranked]] = field(default_factory=list, init=False)
     """The records of each prompt that is asked beside the first; none before `warm`."""
     reason: str = field(default="", init=False)  # why no record may be used; empty if some may
@@ -52,17 +50,28 @@ class RecordSearch:
         return self.deployment.pipeline.context(query, visible, self.user.heads)
 
     @cached_property
+    def warm(self) -> bool:
+        """Whether the user's history is encoded; else the retriever's order is kept."""
+        visible = self.context.visible
+        return bool(visible) and self.deployment.users.is_warm(self.user, visible)
+
+    @cached_property
     def ranked(self) -> list[Ranked]:
         """Best first: in the retriever's order until they are reranked."""
         started, deployment = time.perf_counter(), self.deployment
         pipeline, visible = deployment.pipeline, self.context.visible
-        if deployment.searches_vectors and not deployment.users.is_warm(self.user, visible):
+        if deployment.searches_vectors and not self.warm:
             pipeline = replace(pipeline, retriever=deployment.words)
         with self.telemetry.tracing.stage("retrieve", self.span) as span:
             retrieved = pipeline.retrieve(self.context, self.k)
             span.set(hydra__records=len(visible), hydra__retrieved=len(retrieved))
         self.seconds["retrieve"] = time.perf_counter() - started
         return retrieved
+
+    def texts(self) -> list[str]:
+        """The question, if a stage compares its vector: else nobody waits for that."""
+        judged = self.gated and self.deployment.pipeline.judges_vectors(self.in_task_words)
+        return [self.question] if self.warm or judged else []
 
     def pairs(self) -> list[tuple[str, str]]:
         """What a cross-encoder will read."""
@@ -80,7 +89,6 @@ class RecordSearch:
         words = self.in_task_words
         if not self.gated:
             pipeline = replace(pipeline, gate=OpenGate())
-        self.warm = bool(visible) and self.deployment.users.is_warm(self.user, visible)
         if visible and not pipeline.belongs(self.context, in_task_words=words):
             self.reason, self.ranked = OFF_TASK, []
             return

@@ -12,6 +12,7 @@ from hydra_llm import config
 from hydra_llm.config import SERVE_TABLE
 from hydra_llm.errors import SettingsError
 from hydra_llm.plugins import RETRIEVERS
+from hydra_llm.setting_names import Names
 
 RENAMED: Mapping[str, str] = {
     "candidates": "samples",
@@ -211,7 +212,7 @@ class ServeSettings(config.Group):
         return NAMES.flat({SERVE_TABLE: values}) if isinstance(values, Mapping) else values
 
 
-NAMES = config.Names(dict.fromkeys(ServeSettings.model_fields, SERVE_TABLE), RENAMED)
+NAMES = Names(dict.fromkeys(ServeSettings.model_fields, SERVE_TABLE), RENAMED)
 VARIABLES: Mapping[str, str] = {
     f"HYDRA_SERVE_{name.upper()}": RENAMED.get(name, name)
     for name in (*RENAMED, *ServeSettings.model_fields)

@@ -23,7 +23,7 @@ from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.meter import Meter
 from hydra_llm.llm.prices import Price, PriceList, load_prices
 from hydra_llm.llm.wire import text_of, tokens_of
-from hydra_llm.prompt import PER_MESSAGE, estimate
+from hydra_llm.prompt import PER_MESSAGE, estimate, message_tokens
 from hydra_llm.store.schema import key_of
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Spend, Spender, Total
@@ -162,15 +162,17 @@ def told_spend(usage: object) -> tuple[Spend, int] | None:
 
 
 def estimated_spend(body: Mapping[str, Any], answered: int) -> Spend:
-    """One call whose tokens are not told, by rule of thumb: of a request's texts, and of an answer
-    of so many bytes.
+    """One call whose tokens are not told, by rule of thumb: of a request's texts, pictures, files
+    and tools, and of an answer of so many bytes.
     """
     given: list[Any] = [body.get("prompt"), body.get("input")]
     asked = [text for part in given for text in (part if isinstance(part, list) else [part])]
     texts = [text for text in asked if isinstance(text, str)]
-    if isinstance(messages := body.get("messages"), list):
-        texts += [text_of(message) for message in messages if isinstance(message, Mapping)]
-    prompt = sum(estimate(text) + PER_MESSAGE for text in texts)
+    messages, tools = body.get("messages"), body.get("tools")
+    chat = messages if isinstance(messages, list) else []
+    prompt = sum(message_tokens(message) for message in chat if isinstance(message, Mapping))
+    prompt += sum(estimate(text) + PER_MESSAGE for text in texts)
+    prompt += estimate(json.dumps(tools)) if tools else 0
     answer = math.ceil(answered / BYTES_PER_TOKEN)
     return Spend(1, prompt, answer, prompt + answer)
 

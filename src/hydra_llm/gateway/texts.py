@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 Body = Mapping[str, Any]
 PREFIX = "cmpl-"
-RAW = ("suffix", "echo", "best_of", "logprobs")  # what only a model of plain texts can do
+RAW: Mapping[str, tuple[Any, ...]] = {
+    "suffix": ("",),
+    "echo": (False,),
+    "best_of": (1,),
+    "logprobs": (),
+}
+"""What only a model of plain texts can do → values that ask for nothing."""
 MAX_INPUTS = 2048
 AT_ONCE = 8  # texts that are encoded while other users wait
 
@@ -37,8 +43,8 @@ def to_chat(body: Body) -> dict[str, Any]:
     [text] = prompt if isinstance(prompt, list) and len(prompt) == 1 else [prompt]
     if not isinstance(text, str):
         raise ApiError(400, "prompt: must be one text, not several or tokens", param="prompt")
-    for name in RAW:
-        if body.get(name):
+    for name, harmless in RAW.items():
+        if body.get(name) not in (None, *harmless):
             raise ApiError(400, f"{name} cannot be used: this is a chat model", param=name)
     chat = {name: value for name, value in body.items() if name not in (*RAW, "prompt")}
     messages = [{"role": "user", "content": text}]
@@ -90,7 +96,10 @@ class Embedder:
 
     async def embed(self, deployment: Deployment, body: Body, user: str, longest: int) -> Body:
         """A list of embeddings. `ApiError`: an input that cannot be embedded, or no encoder."""
-        texts = _inputs(body, longest)
+        texts, form = _inputs(body, longest), body.get("encoding_format") or "float"
+        if form not in ("float", "base64"):
+            message = "encoding_format: must be float or base64"
+            raise ApiError(400, message, param="encoding_format")
         features = deployment.features or await self._open(deployment)
         batcher: MicroBatcher = deployment.batcher
         vectors: list[Any] = []
@@ -103,9 +112,8 @@ class Embedder:
         if body.get("dimensions") not in (None, width):
             message = f"dimensions: the encoder's vectors have {width}"
             raise ApiError(400, message, param="dimensions")
-        in_base64 = body.get("encoding_format") == "base64"
         data = [
-            {"object": "embedding", "index": place, "embedding": _written(vector, in_base64)}
+            {"object": "embedding", "index": place, "embedding": _written(vector, form == "base64")}
             for place, vector in enumerate(vectors)
         ]
         model = deployment.pipeline.settings.encoder

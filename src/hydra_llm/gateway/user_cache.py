@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 READS_AT_ONCE = 40
 BACKOFF_SECONDS = 2.0  # how long reads fail at once after one has timed out
+LOOK_FIRST = 64  # texts that are looked up before all others
 MAX_MISSING = 24  # texts that a request may wait for: a few new records, not a whole history
 
 
@@ -120,7 +121,9 @@ class UserCache:
         with self._lock:
             if self._encoded.get(user.name) == user.version:
                 return True
-        if self._features.missing(texts_of(records)) > MAX_MISSING:
+        texts = texts_of(records)
+        # Of a history that was never encoded the latest records tell that already.
+        if any(self._features.missing(part) > MAX_MISSING for part in (texts[-LOOK_FIRST:], texts)):
             return False
         with self._lock:
             self._encoded[user.name] = user.version

@@ -2,7 +2,6 @@
 their texts. For the endpoints and the commands.
 """
 
-import json
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +13,7 @@ from hydra_llm.gateway.user_cache import texts_of
 from hydra_llm.llm.concurrency import StageProgress
 from hydra_llm.store.change import FEEDBACK_ID, StaleVersion
 from hydra_llm.store.store import Store
+from hydra_llm.text import json_text
 from hydra_llm.types import Record
 
 MAX_TRIES = 8
@@ -23,7 +23,7 @@ Forget = Callable[[list[str], str | None], int]
 
 def as_json(kept: Any) -> str:
     """An export as JSON; heads' numbers are base64 of little-endian float32."""
-    return json.dumps(kept, ensure_ascii=False, default=lambda raw: b64encode(raw).decode())
+    return json_text(kept, default=lambda raw: b64encode(raw).decode())
 
 
 def forget_unused(

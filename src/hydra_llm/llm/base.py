@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from hydra_llm.errors import LLMError
 from hydra_llm.types import Generation, Message
+
+Batch = Literal["wait", "submit"]
+"""By the Batch API: wait until batches are done, or submit them and stop."""
 
 
 @dataclass(frozen=True, slots=True)

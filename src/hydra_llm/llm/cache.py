@@ -71,7 +71,6 @@ class CachedLLM:
 
     def __init__(self, inner: ChatLLM, path: Path | str, replay_only: bool = False, name: str = ""):
         self.inner, self.replay_only, self.name = inner, replay_only, name or str(path)
-        self.parallel = int(getattr(inner, "parallel", 1))
         self.used: defaultdict[str, set[int]] = defaultdict(set)
         self.file = CacheFile(Path(path), SCHEMA, "answers", required=True)
         self._replayed = Usage()
@@ -81,6 +80,11 @@ class CachedLLM:
     @property
     def identity(self) -> Json:
         return self.inner.identity
+
+    @property
+    def parallel(self) -> int:
+        """Calls at once, as of now."""
+        return int(getattr(self.inner, "parallel", 1))
 
     @property
     def usage(self) -> Usage:

@@ -1,4 +1,4 @@
-"""Many calls at once, and the one way from sync code to async code. Knows no LLM."""
+"""Many calls at once, and the one way from sync code to async code."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,25 +8,34 @@ import anyio
 import sniffio
 
 from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused
+from hydra_llm.llm.limiter import Concurrency, Gate
 
 T = TypeVar("T")
 R = TypeVar("R")
 Progress = Callable[[int, int], None]  # (done, total)
 StageProgress = Callable[[str, int, int], None]  # (stage, done, total)
+PARALLEL = 8  # calls at once of an LLM that says nothing about it, and questions at least
+
+
+def at_once(llm: object, concurrency: Concurrency = "auto") -> Callable[[], int]:
+    """How many questions may be open, for `map_calls`: as many as the LLM takes calls now."""
+    least = PARALLEL if concurrency == "auto" else concurrency
+    return lambda: max(least, getattr(llm, "parallel", 0))
 
 
 async def map_calls(
     function: Callable[[T], Awaitable[R]],
     items: Sequence[T],
-    limit: int,
+    limit: int | Callable[[], int],
     progress: Progress | None = None,
 ) -> list[R | LLMError]:
-    """Results in the items' order, an `LLMError` where a call failed; `limit` calls at once.
+    """Results in the items' order, an `LLMError` where a call failed; `limit` at once, which may
+    change meanwhile.
     Raises BudgetExceeded, and LLMRefused of the first call unless it is for its length.
     """
     results: dict[int, R | LLMError] = {}
     fatal: list[LLMError] = []
-    gate = anyio.Semaphore(max(1, limit))
+    gate = Gate(limit if callable(limit) else lambda: limit)
 
     async def one(index: int, group: anyio.abc.TaskGroup) -> None:
         async with gate:

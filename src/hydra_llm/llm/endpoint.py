@@ -228,10 +228,12 @@ class Capabilities:
 
 
 class CapabilityCache:
-    """Model → what it takes, for `CAPABILITY_SECONDS` after it was last learned."""
+    """Model → what it takes, for so many seconds after it was last learned."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self._known: TTLCache[str, Capabilities] = TTLCache(1000, CAPABILITY_SECONDS, clock)
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, seconds: float = CAPABILITY_SECONDS
+    ):
+        self._known: TTLCache[str, Capabilities] = TTLCache(1000, seconds, clock)
 
     def of(self, model: str) -> Capabilities:
         return self._known.get(model) or Capabilities()

@@ -11,6 +11,8 @@ import anyio
 
 from hydra_llm.errors import BudgetExceeded, LLMError
 from hydra_llm.llm.base import ChatLLM, PartlyFailed, Sampling
+from hydra_llm.llm.concurrency import PARALLEL
+from hydra_llm.llm.limiter import Gate
 from hydra_llm.types import Generation, Message, Usage
 
 
@@ -45,19 +47,33 @@ class Budget:
 
 
 class Meter:
-    """Any LLM with counted and priced calls, a budget, and at most `parallel` at once. `usage` is
-    all that was spent, also by failed calls; `errors` counts their messages.
+    """Any LLM with counted and priced calls, a budget, and no more calls at once than the LLM takes
+    (its own `parallel`) or than `parallel`. `usage` is all that was spent, also by failed calls;
+    `errors` counts their messages.
     """
 
     def __init__(
-        self, inner: ChatLLM, *, prices: Prices = FREE, budget: Budget = Budget(), parallel: int = 8
+        self,
+        inner: ChatLLM,
+        *,
+        prices: Prices = FREE,
+        budget: Budget = Budget(),
+        parallel: int | None = None,
     ):
-        self.inner, self.prices, self.budget, self.parallel = inner, prices, budget, parallel
+        self.inner, self.prices, self.budget, self._most = inner, prices, budget, parallel
         self.usage = Usage()
         self.errors: Counter[str] = Counter()
-        self._slots = anyio.Semaphore(parallel)
+        self._slots = Gate(lambda: self.parallel)
         self._in_flight = 0
         self._one_by_one = False  # whether n texts were seen to be n calls
+
+    @property
+    def parallel(self) -> int:
+        """Calls at once, as of now."""
+        own = getattr(self.inner, "parallel", None)
+        if own is None:
+            return self._most or PARALLEL
+        return int(own) if self._most is None else min(self._most, own)
 
     @property
     def identity(self) -> Mapping[str, Any]:

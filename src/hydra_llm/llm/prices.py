@@ -17,7 +17,7 @@ from hydra_llm.llm.meter import FREE, Prices
 
 SHIPPED = Path(__file__).parents[1] / "data" / "prices.toml"
 ANY = "*"  # a model of one's own file: all that the file does not name
-KEYS = {"input", "cached", "output", "noted", "source"}
+KEYS = {"input", "cached", "output", "batch", "noted", "source"}
 DATE = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{8}|\d{4}|latest)$")
 """What a name may end with: the same model as of a day."""
 
@@ -29,6 +29,7 @@ class Price:
     input: float
     output: float
     cached: float  # of those tokens of the prompt that the vendor reads from its cache
+    batch: float = 1.0  # what a batch costs, as a share of it
     source: str = ""
     noted: str = ""  # ISO date
 
@@ -62,15 +63,20 @@ def load_prices(file: Path | None = None) -> PriceList:
     return PriceList(_shipped(), {} if file is None else _read(expanded(file)))
 
 
-def prices_of(identity: Mapping[str, Any], settings: Settings) -> Prices | None:
+def prices_of(
+    identity: Mapping[str, Any], settings: Settings, *, batch: bool = False
+) -> Prices | None:
     """What an LLM's tokens cost: by the settings `price_prompt` and `price_completion`, else by the
-    list; None where no price is known.
+    list, there also in a batch; None where no price is known.
     """
     given = Prices(settings.price_prompt, settings.price_completion)
     if given != FREE:
         return given
     price = load_prices(settings.prices).of(str(identity.get("model", "")))
-    return None if price is None else Prices(price.input, price.output)
+    if price is None:
+        return None
+    share = price.batch if batch else 1.0
+    return Prices(price.input * share, price.output * share)
 
 
 @cache
@@ -100,18 +106,23 @@ def _read(file: Path) -> dict[str, Price]:
     for group in groups:
         models = group.get("models", {})
         for model, row in models.items() if isinstance(models, dict) else ():
-            prices[model.lower()] = _price(f"{file}: {model}", row, str(group.get("source", "")))
+            default = {name: group[name] for name in ("source", "batch") if name in group}
+            prices[model.lower()] = _price(f"{file}: {model}", row, default)
     if not prices:
         raise SettingsError(f"prices: {file}: has no table [models]")
     return prices
 
 
-def _price(where: str, row: Any, source: str) -> Price:
+def _price(where: str, row: Any, default: Mapping[str, Any]) -> Price:
     form = "write { input = 2.5, output = 10 }, money per million tokens; cached = 1.25 is optional"
+    form += ", batch = 0.5 too"
     if not isinstance(row, dict) or not {"input", "output"} <= row.keys() <= KEYS:
         raise SettingsError(f"prices: {where}: {form}")
-    amounts: tuple[Any, Any, Any] = (row["input"], row["output"], row.get("cached", row["input"]))
+    row = {"cached": row["input"], "batch": 1.0, **default, **row}
+    names = ("input", "output", "cached", "batch")
+    amounts = [row[name] for name in names]
     if any(type(amount) not in (int, float) or not 0 <= amount < 1e9 for amount in amounts):
         raise SettingsError(f"prices: {where}: {form}")
-    about = (str(row.get("source", source)), str(row.get("noted", "")))
-    return Price(*amounts, *about)
+    told: dict[str, Any] = {name: str(row.get(name, "")) for name in ("source", "noted")}
+    prices = dict(zip(names, amounts, strict=True))
+    return Price(**prices, **told)

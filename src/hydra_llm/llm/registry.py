@@ -9,7 +9,7 @@ from pathlib import Path
 from hydra_llm.config import Settings
 from hydra_llm.environment import expanded
 from hydra_llm.errors import SettingsError
-from hydra_llm.llm.base import ChatLLM
+from hydra_llm.llm.base import Batch, ChatLLM
 from hydra_llm.llm.cache import CachedLLM, open_recording
 from hydra_llm.llm.endpoint import Endpoint, endpoint_of, without_userinfo
 from hydra_llm.llm.meter import Budget, Meter, Prices
@@ -30,13 +30,29 @@ LLMS: Registry[Callable[[str, Settings], ChatLLM]] = Registry(
 )
 
 
-def open_llm(spec: str, settings: Settings) -> CachedLLM:
-    """The LLM of a spec, cached in `settings.cache`, metered and limited by the settings.
+def open_llm(spec: str, settings: Settings, *, batch: Batch | None = None) -> CachedLLM:
+    """The LLM of a spec, cached in `settings.cache`, metered and limited by the settings; with
+    `batch` by its Batch API: wait until batches are done, or submit them and raise BatchPending.
     Raises SettingsError for an unknown spec or what it lacks, UserFault if the cache does not open.
     """
     if spec.startswith("replay:"):  # a recording needs neither cache nor meter
         return open_recording(expanded(Path(spec.removeprefix("replay:"))))
+    if batch is not None and not spec.startswith("none"):
+        all_at_once = settings.model_copy(update={"concurrency": "auto"})
+        return wrap(_batch_llm(spec, settings, batch), all_at_once)
     return wrap(bare_llm(spec, settings), settings)
+
+
+def _batch_llm(spec: str, settings: Settings, batch: Batch) -> ChatLLM:
+    name, _, rest = spec.partition(":")
+    if name != "openai":
+        raise SettingsError(f"{without_userinfo(spec)} has no Batch API: leave --batch out")
+    if (settings.max_llm_tokens, settings.max_cost) != (None, None):
+        why = "a batch is sent before its tokens are known"
+        raise SettingsError(f"--batch and max_llm_tokens or max_cost: {why}: take max_calls")
+    from hydra_llm.llm.batch import from_spec
+
+    return from_spec(rest, settings, batch)
 
 
 def wrap(llm: ChatLLM, settings: Settings, path: Path | None = None) -> CachedLLM:
@@ -44,7 +60,7 @@ def wrap(llm: ChatLLM, settings: Settings, path: Path | None = None) -> CachedLL
     prices = Prices(settings.price_prompt, settings.price_completion)
     budget = Budget(settings.max_calls, settings.max_llm_tokens, settings.max_cost)
     # An engine that runs one call at a time gets them in order: the next one may share its prompt.
-    parallel = min(settings.concurrency, getattr(llm, "parallel", settings.concurrency))
+    parallel = None if settings.concurrency == "auto" else settings.concurrency
     meter = Meter(llm, prices=prices, budget=budget, parallel=parallel)
     return CachedLLM(meter, path or settings.cache / "llm.sqlite")
 

@@ -23,8 +23,10 @@ from torch.nn.functional import normalize
 
 from hydra_llm.data_wheels import data_file
 from hydra_llm.errors import SettingsError
+from hydra_llm.model.precision import Precision, in_precision
 
 Pooling = Literal["mean", "cls"]
+Progress = Callable[[int, int], None]
 log = logging.getLogger(__name__)
 
 HUB_TIMEOUT = 10.0  # seconds for the question whether the hub is there
@@ -39,6 +41,8 @@ _warned_of_cut = False
 class Encoder(torch.nn.Module):
     """A transformer, its tokenizer and its pooling. Thread-safe, except in training mode."""
 
+    precision: Precision = "fp32"
+
     def __init__(self, model: Any, tokenizer: Any, name: str, pooling: Pooling, max_length: int):
         super().__init__()
         if getattr(model, "pooler", None) is not None:
@@ -48,7 +52,6 @@ class Encoder(torch.nn.Module):
         self.name, self.pooling = name, pooling
         self.max_length = min(max_length, _window(model))
         self.width: int = model.config.hidden_size
-        self.progress: Callable[[int, int], None] | None = None  # called with (done, total) texts
         self.cut = 0  # how many texts were longer than `max_length` tokens so far
         types = getattr(model.config, "type_vocab_size", 0)
         self._has_types = types > 1 and "token_type_ids" in tokenizer.model_input_names
@@ -63,7 +66,9 @@ class Encoder(torch.nn.Module):
 
     @property
     def digest(self) -> str:
-        """sha256 over weights, tokenizer, pooling and max_length: the key of cached features."""
+        """sha256 over weights (and their precision), tokenizer, pooling, max_length: the key of
+        cached features.
+        """
         if self._tensors is None:
             self._tensors = [*self.model.parameters(), *self.model.buffers()]
         # grows with every step of an optimizer and every load
@@ -84,23 +89,39 @@ class Encoder(torch.nn.Module):
         self._digest = self._tensors = None
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
-    def encode(self, texts: Sequence[str], batch: int = 32) -> np.ndarray:
-        """Each text alone, [B, H] float32 with rows of length 1: a dot product is a cosine."""
-        return normalize(self._encode(self._clean(texts), batch), dim=1).numpy()
+    def encode(
+        self, texts: Sequence[str], batch: int = 32, progress: Progress | None = None
+    ) -> np.ndarray:
+        """Each text alone, [B, H] float32 with rows of length 1: a dot product is a cosine.
+        `progress` is called with (done, total) texts.
+        """
+        return normalize(self._encode(self._clean(texts), batch, progress), dim=1).numpy()
 
     def encode_pairs(
-        self, left: Sequence[str], right: Sequence[str], batch: int = 16
+        self,
+        left: Sequence[str],
+        right: Sequence[str],
+        batch: int = 16,
+        progress: Progress | None = None,
     ) -> np.ndarray:
         """Each pair as one text (`cross`), [B, H] float32, not normalised."""
-        return self._encode(
-            list(zip(self._clean(left), self._clean(right), strict=True)), batch
-        ).numpy()
+        pairs = list(zip(self._clean(left), self._clean(right), strict=True))
+        return self._encode(pairs, batch, progress).numpy()
 
     def forward_pairs(self, left: Sequence[str], right: Sequence[str]) -> Tensor:
         """As `encode_pairs`, in one batch, with gradients and (in training mode) dropout."""
         return self._forward(
             self._tokenize(list(zip(self._clean(left), self._clean(right), strict=True)))
         )
+
+    def at(self, precision: Precision) -> "Encoder":
+        """The same weights, which are of fp32, in another precision; its features are others."""
+        if precision in (self.precision, "fp32"):
+            return self
+        model = in_precision(self.model, precision)
+        other = Encoder(model, self.tokenizer, self.name, self.pooling, self.max_length)
+        other.precision = precision
+        return other.eval()
 
     def save(self, folder: Path) -> None:
         """Write model and tokenizer so that `open_encoder(str(folder))` gives the same digest."""
@@ -109,7 +130,7 @@ class Encoder(torch.nn.Module):
             self.tokenizer.save_pretrained(folder)
 
     @torch.inference_mode()
-    def _encode(self, texts: Sequence[Any], batch: int) -> Tensor:
+    def _encode(self, texts: Sequence[Any], batch: int, progress: Progress | None) -> Tensor:
         rows, training = torch.empty(len(texts), self.width), self.training
         if training:
             self.eval()  # without dropout
@@ -121,8 +142,8 @@ class Encoder(torch.nn.Module):
                     group = by_length[first : first + batch]
                     vectors = self._forward([encodings[i] for i in group])
                     rows[[start + i for i in group]] = vectors.float().cpu()
-                    if self.progress is not None and len(texts) > REPORTED_FROM:
-                        self.progress(start + min(first + batch, len(by_length)), len(texts))
+                    if progress is not None and len(texts) > REPORTED_FROM:
+                        progress(start + min(first + batch, len(by_length)), len(texts))
         finally:
             if training:
                 self.train()
@@ -159,7 +180,7 @@ class Encoder(torch.nn.Module):
             # the first token must see the whole text, else a window is all that it knows
             inputs["global_attention_mask"] = torch.zeros_like(mask)
             inputs["global_attention_mask"][:, 0] = 1
-        tokens: Tensor = self.model(**inputs).last_hidden_state
+        tokens: Tensor = self.model(**inputs).last_hidden_state.float()
         if self.pooling == "cls":
             return tokens[:, 0]
         weight = mask.unsqueeze(-1).to(tokens.dtype)
@@ -182,7 +203,12 @@ def _window(model: Any) -> int:
 
 
 def open_encoder(
-    name: str, *, pooling: Pooling = "mean", max_length: int = 256, device: str = "cpu"
+    name: str,
+    *,
+    pooling: Pooling = "mean",
+    max_length: int = 256,
+    device: str = "cpu",
+    precision: Precision = "fp32",
 ) -> Encoder:
     """Open `minilm`, a folder, or a model of the Hugging Face hub, from its cache if possible.
     Raises SettingsError: it is not there, cannot be reached, or is no encoder of texts.
@@ -202,7 +228,8 @@ def open_encoder(
     if fault := _fault(model.config, tokenizer):
         raise SettingsError(f"encoder '{name}': {fault}")
     encoder = Encoder(model, tokenizer, name, pooling, max_length)
-    return encoder.to(device).eval()  # the whole of it: encode() puts back the mode that it finds
+    # the whole of it is put into eval mode: encode() puts back the mode that it finds
+    return encoder.eval().at(precision).to(device)
 
 
 def _check_hub(name: str) -> None:

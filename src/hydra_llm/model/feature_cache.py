@@ -5,12 +5,12 @@ Letters: B texts or pairs, H width.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from cachetools import FIFOCache
@@ -41,6 +41,7 @@ class FeatureCache:
     def __init__(self, encoder: "Encoder", path: Path | None = None):
         self.encoder, self.path = encoder, path
         self.keep = True  # whether vectors are written to the file, unless a call says otherwise
+        self.progress: Callable[[int, int], None] | None = None  # of what is encoded at once
         self.hits = 0  # distinct texts or pairs that were cached
         self.misses = 0  # distinct texts or pairs that had to be encoded
         self._lock = Lock()
@@ -57,6 +58,11 @@ class FeatureCache:
         keys = list(set(_keys(self.encoder.digest, [(text,) for text in texts])))
         with self._lock:
             return len(keys) - len(self._recall(keys))
+
+    def holds(self, count: int) -> bool:
+        """Whether so many vectors stay: in the file, or else in memory."""
+        in_file = self.keep and self._file is not None and self._file.keeps
+        return in_file or count * 4 * self.encoder.width <= MEMORY_BYTES
 
     def pairs(self, left: Sequence[str], right: Sequence[str]) -> np.ndarray:
         """As `Encoder.encode_pairs`: [B, H] float32."""
@@ -94,8 +100,11 @@ class FeatureCache:
         if missing:
             left = [item[0] for item in missing.values()]
             right = [item[-1] for item in missing.values()]
-            single = len(items[0]) == 1
-            rows = self.encoder.encode(left) if single else self.encoder.encode_pairs(left, right)
+            how: Any = {} if self.progress is None else {"progress": self.progress}
+            single, encoder = len(items[0]) == 1, self.encoder
+            rows = (
+                encoder.encode(left, **how) if single else encoder.encode_pairs(left, right, **how)
+            )
             vectors.update(zip(missing, rows, strict=True))
         with self._lock:
             self.hits += len(wanted) - len(missing)

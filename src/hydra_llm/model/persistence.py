@@ -1,13 +1,14 @@
 """A bundle: all that was learned, in one folder, as safetensors and JSON; never pickle.
 
-    BUNDLE/config.json          format, settings, LLM, encoder, users, scorers; sha256 and size of
-                                every content file
+    BUNDLE/config.json          format, settings, LLM, encoder, scorers; sha256 and size of every
+                                content file but users.sqlite
     BUNDLE/README.md            a copy of the model card, for people: not checked
-    BUNDLE/content-1f3a9c22/    weights.safetensors, history.jsonl.gz, README.md; encoder/ if tuned
+    BUNDLE/content-1f3a9c22/    weights.safetensors, users.sqlite, README.md; encoder/ if tuned
 
 A write makes a new content folder and then replaces config.json by one rename: a process that is
 killed leaves the old bundle or the new one, also where the folder itself cannot be renamed (a
-mounted volume). Knows no heads and no scorers.
+mounted volume). Users alone are written in place (users_file.py). Until format 4 records were in
+history.jsonl.gz, and heads in config.json and weights.safetensors (upgrade.py).
 """
 
 import gzip
@@ -17,11 +18,10 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -34,12 +34,15 @@ from safetensors.torch import load_file, save
 from hydra_llm import __version__
 from hydra_llm.errors import BundleError
 from hydra_llm.model.encoder import Encoder, open_encoder
-from hydra_llm.rows import Rows
-from hydra_llm.types import ALWAYS, Choice, Record
+from hydra_llm.model.head import Head
+from hydra_llm.model.precision import Precision
+from hydra_llm.model.users_file import UsersFile, change_counter, record_of
+from hydra_llm.types import Record
 
-FORMAT = 4
+FORMAT = 5
+USERS_FORMAT = 5  # the first with a file of users
 CONFIG, CARD, ENCODER, LOCK = "config.json", "README.md", "encoder", ".lock"
-WEIGHTS, HISTORY = "weights.safetensors", "history.jsonl.gz"
+WEIGHTS, HISTORY, USERS = "weights.safetensors", "history.jsonl.gz", "users.sqlite"
 CONTENT = re.compile(r"content-[0-9a-f]{8}")
 # what a content file may be called: no way out of the folder, and nothing that is loaded by pickle
 FILE_NAME = re.compile(
@@ -55,47 +58,121 @@ class BundleFiles:
 
     config: dict[str, Any]  # any JSON; keys that `write_bundle` sets itself are replaced
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    records: Mapping[str, Sequence[Record]] = field(default_factory=dict)  # of users who have some
+    records: Mapping[str, Sequence[Record]] = field(default_factory=dict)  # by user
     card: str = ""  # the model card, in Markdown
     encoder: Encoder | None = None  # if it was fine-tuned; else `config["encoder"]` names it
+    heads: Mapping[str, Mapping[str, Head]] = field(default_factory=dict)  # by scorer and user
+    version: str = ""  # another one after every change of what was read
 
 
 def encoder_config(encoder: Encoder) -> dict[str, Any]:
     """What `config["encoder"]` holds of an encoder."""
-    return {key: getattr(encoder, key) for key in ENCODER_KEYS}
+    return {key: getattr(encoder, key) for key in (*ENCODER_KEYS, "precision")}
 
 
-def encoder_of(files: BundleFiles) -> Encoder:
-    """The bundle's own encoder, or the one that it names. Raises SettingsError: there is none of
-    that name here. BundleError: it is another one than the bundle was made with.
+def encoder_of(files: BundleFiles, precision: Precision | None = None) -> Encoder:
+    """The bundle's own encoder, or the one that it names, in the precision that it was learned with
+    or another one. Raises SettingsError: there is none of that name here. BundleError: it is
+    another one than the bundle was made with.
     """
-    name = files.config["encoder"]["name"]
-    named = f"encoder '{name}' here"
-    return files.encoder or _open_encoder(files.config["encoder"], name, named)
+    entry = files.config["encoder"]
+    named = f"encoder '{entry['name']}' here"
+    encoder = files.encoder or _open_encoder(entry, entry["name"], named)
+    if precision in (None, encoder.precision):
+        return encoder
+    if encoder.precision != "fp32":
+        encoder = _opened(entry, entry["name"], "fp32")
+    return encoder.at(precision)
+
+
+def precision_of(config: Mapping[str, Any]) -> Precision:
+    """What a bundle was learned with; those of older versions do not name it."""
+    precision: Precision = config["encoder"].get("precision", "fp32")
+    return precision
 
 
 def write_bundle(folder: Path, files: BundleFiles, *, replaces: str | None = None) -> str:
-    """Write a bundle, or replace an older one once the new one is complete; returns its
-    `config["sha256"]`. `replaces` is that of the bundle that this one was made from; None is any.
+    """Write a bundle, or replace an older one once the new one is complete; returns its version.
+    `replaces` is that of the bundle that this one was made from; None is any.
     Raises BundleError: another process writes or has changed it; another folder; a full disk.
     """
     check_place(folder)
     with _reported(folder, "cannot be written", "; a bundle that stood there is still whole"):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = FileLock(folder / LOCK).acquire(timeout=0)
-        except Timeout:
-            fault = "another process is writing this bundle: wait for it, or choose another folder"
-            raise BundleError(f"{folder}: {fault}") from None
-        with lock:
+        with _locked(folder, seconds=0):
             check_place(folder)
             present = _config_or_none(folder)
-            if replaces and present and present.get("sha256") != replaces:
-                raise BundleError(
-                    f"{folder}: was changed by another process since it was read, and would lose"
-                    " that: the same command again continues, the LLM's answers are in the cache"
-                )
+            if replaces and present and _version(folder, present) != replaces:
+                raise _changed(folder)
             return _replace(folder, files)
+
+
+def write_users(
+    folder: Path,
+    users: Iterable[str],
+    heads: Mapping[str, Mapping[str, Head]],
+    records: Mapping[str, Sequence[Record]],
+    *,
+    version: str,
+) -> str | None:
+    """Add or replace users of a bundle in place, for whose shared weights they were fitted:
+    `version` is what was read, of which only the users may have changed since. Returns the new
+    version; None for a bundle of an older format, which is written as a whole.
+    """
+    with _locked(folder):
+        config = read_config(folder)
+        if config["format"] < USERS_FORMAT:
+            return None
+        if config["sha256"] != version.partition(":")[0]:
+            raise _changed(folder)
+        with closing(UsersFile(folder / config["content"] / USERS)) as file:
+            file.put(users, heads, records)
+        return _version(folder, config)
+
+
+def delete_user(folder: Path, user: str) -> dict[str, int] | None:
+    """Delete a user from a bundle in place, the name among the training users too: how many
+    `heads` and `records`; None if there is no such user. What shared weights have learned from
+    the user stays. Raises BundleError: another process writes for long; a full disk.
+    """
+    with _locked(folder):
+        config = read_config(folder)
+        assert config["format"] >= USERS_FORMAT, "its users are in no file of their own"
+        with closing(UsersFile(folder / config["content"] / USERS)) as file:
+            records = file.records().get(user)
+            parts = file.delete(user)
+        trained_on = config.get("trained_on", [])
+        if user in trained_on:
+            config["trained_on"] = [name for name in trained_on if name != user]
+            config["sha256"] = _config_sha256(config)
+            _write_new(folder / CONFIG, json.dumps(config, indent=1, allow_nan=False).encode())
+        elif not parts:
+            return None
+        return {"heads": parts - (records is not None), "records": len(records or ())}
+
+
+@contextmanager
+def _locked(folder: Path, seconds: float = 30.0) -> Iterator[None]:
+    """No other process writes the bundle meanwhile."""
+    try:
+        with FileLock(folder / LOCK).acquire(timeout=seconds):
+            yield
+    except Timeout:
+        fault = "another process is writing this bundle: wait for it, or choose another folder"
+        raise BundleError(f"{folder}: {fault}") from None
+
+
+def _changed(folder: Path) -> BundleError:
+    return BundleError(
+        f"{folder}: was changed by another process since it was read, and would lose that:"
+        " the same command again continues, the LLM's answers are in the cache"
+    )
+
+
+def _version(folder: Path, config: Mapping[str, Any]) -> str:
+    """Of all but the users, and of these."""
+    users = folder / str(config.get("content")) / USERS
+    return f"{config.get('sha256')}:{change_counter(users) if users.is_file() else 0}"
 
 
 def check_place(folder: Path) -> None:
@@ -153,7 +230,7 @@ def _replace(folder: Path, files: BundleFiles) -> str:
     try:
         content.mkdir()
         (content / WEIGHTS).write_bytes(save(tensors))
-        _write_history(content / HISTORY, files.records)
+        UsersFile.create(content / USERS, files.heads, files.records)
         (content / CARD).write_text(files.card, encoding="utf-8")
         if files.encoder is not None:
             files.encoder.save(content / ENCODER)
@@ -163,20 +240,9 @@ def _replace(folder: Path, files: BundleFiles) -> str:
         text = json.dumps(config, indent=1, allow_nan=False)
         _write_new(folder / CONFIG, text.encode())  # from here on the new bundle counts
         _write_new(folder / CARD, files.card.encode())
-        return str(config["sha256"])
+        return _version(folder, config)
     finally:
         _remove_stale(folder)
-
-
-def _write_history(path: Path, records: Mapping[str, Sequence[Record]]) -> None:
-    """A record a line, user by user. Equal records are equal files: no name and no time inside."""
-    zipped = partial(gzip.GzipFile, "", "wb", 6, mtime=0)
-    with path.open("wb") as raw, zipped(fileobj=raw) as stream:
-        for own in records.values():
-            for record in own:
-                values = asdict(record)
-                values["span"] = None if record.span == ALWAYS else record.span
-                stream.write(json.dumps(values).encode() + b"\n")
 
 
 def _remove_stale(folder: Path) -> None:
@@ -194,6 +260,8 @@ def _complete(content: Path, files: BundleFiles) -> dict[str, Any]:
         config["encoder"] = encoder_config(files.encoder)
     config |= {"format": FORMAT, "hydra_llm": __version__, "content": content.name, "files": {}}
     for path in sorted(path for path in content.rglob("*") if path.is_file()):
+        if path.name == USERS:  # it changes in place, and checks itself
+            continue
         entry = {"sha256": _sha256(path), "bytes": path.stat().st_size}
         config["files"][path.relative_to(content).as_posix()] = entry
     # as it will be read: JSON has neither tuples nor NaN
@@ -255,7 +323,8 @@ def _config_fault(config: Any) -> str:
             return f"{name!r} is no file that a bundle may hold"
         if not isinstance(entry, dict) or {"sha256", "bytes"} - entry.keys():
             return f"damaged, no sha256 and size of '{name}'"
-    if lacking := [name for name in (WEIGHTS, HISTORY, CARD) if name not in files]:
+    needed = (WEIGHTS, CARD, *((HISTORY,) if version < USERS_FORMAT else ()))
+    if lacking := [name for name in needed if name not in files]:
         return f"damaged, '{lacking[0]}' is not listed"
     described = isinstance(encoder, dict) and set(ENCODER_KEYS) <= encoder.keys()
     if _encoder_files(config) and not described:
@@ -267,11 +336,18 @@ def _encoder_files(config: Mapping[str, Any]) -> set[str]:
     return {name for name in config["files"] if name.startswith(ENCODER + "/")}
 
 
-def _read(folder: Path, text: bytes) -> BundleFiles:
+def read_config(folder: Path, text: bytes | None = None) -> dict[str, Any]:
+    """A bundle's config alone; BundleError if it is missing, damaged or newer."""
+    text = _read_config_text(folder) if text is None else text
     with _reported(folder / CONFIG, "damaged, not JSON", errors=(ValueError,)):
         config: dict[str, Any] = json.loads(text)
     if fault := _config_fault(config):
         raise BundleError(f"{folder / CONFIG}: {fault}")
+    return config
+
+
+def _read(folder: Path, text: bytes) -> BundleFiles:
+    config = read_config(folder, text)
     content = folder / config["content"]
     with _reported(content, "cannot be read", errors=(OSError, UnicodeDecodeError)):
         for name, entry in config["files"].items():
@@ -279,27 +355,24 @@ def _read(folder: Path, text: bytes) -> BundleFiles:
         card = (content / CARD).read_text(encoding="utf-8")
         with _reported(content / WEIGHTS, "damaged", errors=(SafetensorError,)):
             tensors = load_file(content / WEIGHTS)
-        records = Rows(_records)
-        errors = (EOFError, ValueError, TypeError, KeyError, gzip.BadGzipFile, zlib.error)
-        with (
-            _reported(content / HISTORY, "damaged", errors=errors),
-            gzip.open(content / HISTORY) as lines,
-        ):
-            for line in lines:
-                records.add_line(_record(json.loads(line)).user, line.rstrip())
-        return BundleFiles(config, tensors, records, card, _load_encoder(content, config))
+        encoder, version = _load_encoder(content, config), _version(folder, config)
+        if config["format"] < USERS_FORMAT:
+            records = _read_history(content / HISTORY)
+            return BundleFiles(config, tensors, records, card, encoder, {}, version)
+        users = UsersFile(content / USERS)
+        heads = {scorer: users.heads(scorer) for scorer in config.get("scorers", ())}
+        return BundleFiles(config, tensors, users.records(), card, encoder, heads, version)
 
 
-def _records(user: str, rows: list[dict[str, Any]]) -> list[Record]:
-    return [_record(values) for values in rows]
-
-
-def _record(values: dict[str, Any]) -> Record:
-    start, end = values.pop("span") or ALWAYS
-    if "candidates" not in values:
-        return Record(**values, span=(start, end))
-    candidates = tuple(values.pop("candidates"))
-    return Choice(**values, span=(start, end), candidates=candidates)
+def _read_history(path: Path) -> dict[str, list[Record]]:
+    """The records of a bundle until format 4, by user."""
+    records: dict[str, list[Record]] = {}
+    errors = (EOFError, ValueError, TypeError, KeyError, gzip.BadGzipFile, zlib.error)
+    with _reported(path, "damaged", errors=errors):
+        for line in gzip.decompress(path.read_bytes()).splitlines():
+            record = record_of(json.loads(line))
+            records.setdefault(record.user, []).append(record)
+    return records
 
 
 def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
@@ -330,8 +403,13 @@ def _load_encoder(content: Path, config: dict[str, Any]) -> Encoder | None:
 
 
 def _open_encoder(entry: Mapping[str, Any], source: str, place: str) -> Encoder:
-    encoder = open_encoder(source, pooling=entry["pooling"], max_length=entry["max_length"])
+    encoder = _opened(entry, source, entry.get("precision", "fp32"))
     if encoder.digest != entry["digest"]:
         fault = "is not the encoder that the bundle was made with"
         raise BundleError(f"{place} {fault}: install that version, or learn anew")
     return encoder
+
+
+def _opened(entry: Mapping[str, Any], source: str, precision: Precision) -> Encoder:
+    pooling, length = entry["pooling"], entry["max_length"]
+    return open_encoder(source, pooling=pooling, max_length=length, precision=precision)

@@ -184,7 +184,7 @@ class Scorer(nn.Module):
         scorer.posterior = LaplacePosterior(len(left), len(right), top)
         if isinstance(head, LinearHead) and "head.basis" in tensors:
             head.set_basis(torch.zeros_like(tensors["head.basis"]))
-        shared = {name: value for name, value in tensors.items() if not name.startswith("heads.")}
+        shared = dict(tensors)
         shared.setdefault("scale_alone", shared["scale"])  # until format 3 there was one β
         scorer.load_state_dict(shared)
         return scorer.eval()

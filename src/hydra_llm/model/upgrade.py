@@ -3,9 +3,11 @@
 Format 1 kept users' heads as rows of the scorer's tensors, some of them of users who were
 forgotten. It lacked whether the reranker is used, and until when a head has learned. Format 2 had
 neither word model nor recorded choices, and no learned prior with effects of known texts; later
-releases wrote these under the same number, so that 2 may have them.
+releases wrote these under the same number, so that 2 may have them. Until format 4 the users' heads
+were in one tensor, and the users' names in config.json.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,10 +17,10 @@ import torch
 from torch import Tensor
 
 from hydra_llm.history import in_order
-from hydra_llm.model.heads import Head, HeadMatrix, latest_time
+from hydra_llm.model.heads import Head, latest_time
 from hydra_llm.model.heads.kernel import pack
 from hydra_llm.model.laplace import LaplacePosterior
-from hydra_llm.model.persistence import BundleFiles
+from hydra_llm.model.persistence import USERS_FORMAT, BundleFiles
 
 # prefixes of tensors' names in format 1 (regular expressions), and now
 RENAMED = {r"combiner\.": "interaction.", "evidence_": "side_", r"curvature\.": "posterior."}
@@ -31,16 +33,44 @@ FORGOTTEN = "\0forgotten-"  # prefix of the name in the row of a forgotten user
 
 def upgraded(files: BundleFiles) -> BundleFiles:
     """The files in the present format; KeyError, TypeError or ValueError if they are broken."""
-    if files.config["format"] >= 3:
+    config, records = files.config, files.records
+    if config["format"] >= USERS_FORMAT:
         return files
-    settings = {**LEARNED_WITH, **files.config["settings"]}
-    files = replace(files, config={**files.config, "settings": settings})
-    return files if files.config["format"] == 2 else _of_format_1(files)
+    if config["format"] < 3:
+        config = {**config, "settings": {**LEARNED_WITH, **config["settings"]}}
+    records = {**records, **{user: [] for user in config.get("without_records", ())}}
+    files = replace(files, config=config, records=records)
+    return _of_format_1(files) if config["format"] == 1 else _of_format_4(files)
+
+
+def _of_format_4(files: BundleFiles) -> BundleFiles:
+    heads = {
+        name: _heads(entry, tensors_of(name, files.tensors))
+        for name, entry in files.config["scorers"].items()
+    }
+    own = ("heads.numbers", "heads.ends")
+    parts = {name: name.partition(".")[2] for name in files.tensors}
+    shared = {name: value for name, value in files.tensors.items() if parts[name] not in own}
+    return replace(files, tensors=shared, heads=heads)
+
+
+def _heads(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Head]:
+    """The heads of one scorer, as views of the numbers of all users; `ends` [U] of each user's."""
+    users, ends = entry["users"], tensors["heads.ends"].numpy()
+    numbers = tensors["heads.numbers"].numpy()
+    if len(users) != len(ends) or (len(ends) and int(ends[-1]) != len(numbers)):
+        raise ValueError(f"{len(users)} users, {len(ends)} heads of {len(numbers)} numbers")
+    numbers.flags.writeable = False
+    untils = [-math.inf if until is None else until for until in entry["until"]]
+    starts = [0, *ends[:-1].tolist()]
+    rows = zip(users, starts, ends.tolist(), entry["known"], untils, strict=True)
+    return {user: Head(numbers[at:end], known, until) for user, at, end, known, until in rows}
 
 
 def _of_format_1(files: BundleFiles) -> BundleFiles:
     config: dict[str, Any] = {**files.config, "scorers": {}}
     tensors: dict[str, Tensor] = {}
+    all_heads: dict[str, dict[str, Head]] = {}
     for name, old in files.config["scorers"].items():
         own = tensors_of(name, files.tensors)
         for prefix, present in RENAMED.items():
@@ -52,12 +82,10 @@ def _of_format_1(files: BundleFiles) -> BundleFiles:
             if not user.startswith(FORGOTTEN):
                 until = latest_time(in_order(files.records.get(user, ()))[:known])
                 heads[user] = Head.of(_numbers(old["head"], own, row), known, until)
-        matrix = HeadMatrix.of(heads)
-        config["scorers"][name] = entry | matrix.config()
-        own = _shared(entry, own) | matrix.tensors()
-        tensors |= {f"{name}.{key}": value for key, value in own.items()}
+        config["scorers"][name], all_heads[name] = entry, heads
+        tensors |= {f"{name}.{key}": value for key, value in _shared(entry, own).items()}
     config["use_reranker"] = reranker_helps(config["report"])
-    return BundleFiles(config, tensors, files.records, files.card, files.encoder)
+    return replace(files, config=config, tensors=tensors, heads=all_heads)
 
 
 def tensors_of(scorer: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

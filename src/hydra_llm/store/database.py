@@ -10,6 +10,7 @@ import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 
 from hydra_llm.errors import SettingsError, StoreError
 from hydra_llm.store.urls import check_file, parse_url, shown
+from hydra_llm.text import json_text
 
 SNAPSHOT = "REPEATABLE READ"  # PostgreSQL's isolation level; SQLite always reads one moment
 MAX_IN = 10_000 if sqlite3.sqlite_version_info >= (3, 32) else 500
@@ -100,20 +102,23 @@ def create_engine(url: str | URL, *, timeout: float = 30.0) -> Engine:
     Raises SettingsError: no URL, an unsupported database, or a missing driver.
     """
     parsed = parse_url(url) if isinstance(url, str) else url
+    as_json = partial(json_text, ascii=True)  # else what a model or a caller says may not be stored
     try:
         if parsed.get_backend_name() == "sqlite":
-            engine = sa.create_engine(parsed, connect_args={"timeout": timeout})
+            connect_to: Any = {"timeout": timeout}
+            engine = sa.create_engine(parsed, connect_args=connect_to, json_serializer=as_json)
             sa.event.listen(engine, "connect", _set_up_sqlite)
             sa.event.listen(engine, "begin", _begin_sqlite)
             return engine
-        pool = {"pool_size": 10, "max_overflow": 20, "pool_timeout": timeout}
+        pool: dict[str, Any] = {"pool_size": 10, "max_overflow": 20, "pool_timeout": timeout}
         # A server that answers reports its timeout; for one that does not, TCP's timers end.
         seconds, milliseconds = max(2, int(timeout)), int(timeout * 1000)
         connect = {"connect_timeout": seconds, "tcp_user_timeout": milliseconds}
         connect |= {"keepalives_idle": seconds, "keepalives_interval": 1, "keepalives_count": 3}
         # A pooler has no session of ours: nothing is prepared, and no start-up option is sent.
         text: dict[str, Any] = {"prepare_threshold": None, "client_encoding": "utf8"}
-        engine = sa.create_engine(parsed, pool_pre_ping=True, connect_args=connect | text, **pool)
+        pool |= {"pool_pre_ping": True, "json_serializer": as_json}
+        engine = sa.create_engine(parsed, connect_args=connect | text, **pool)
     except ModuleNotFoundError as error:
         message = f"store: {error.name} is not installed: pip install 'hydra-llm[server]'"
         raise SettingsError(message) from None

@@ -237,7 +237,7 @@ class CohortStats:
 
 @dataclass(frozen=True)
 class HistoryVectors:
-    """A user's visible records as numbers, oldest first."""
+    """A user's visible records as numbers, oldest first; each row is of one record alone."""
 
     inputs: NDArray[np.float32]  # [n, D] unit rows
     answers: NDArray[np.float32]  # [n, D] unit rows; [n, 0] for tasks with labels
@@ -245,9 +245,21 @@ class HistoryVectors:
     words: Floats = field(default_factory=lambda: np.zeros(0))  # [n] length of each free text
     counts: UserWords | None = None  # of words in the records; None without a word model
     habits: Any = None  # `tasks.choices.Habits` of earlier choices, where there are some
+    places: NDArray[np.int64] | None = None  # [n] which records have a row; None: all
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    @property
+    def rows(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """The arrays with a row for each record."""
+        return self.inputs, self.answers, self.labels, self.words
+
+    def first(self, count: int) -> "HistoryVectors":
+        """Views of the rows of the first `count` records, without counts and habits."""
+        n = count if self.places is None else int(np.searchsorted(self.places, count))
+        inputs, answers, labels, words = self.rows
+        return HistoryVectors(inputs[:n], answers[:n], labels[:n], words[:n])
 
 
 @dataclass(frozen=True)

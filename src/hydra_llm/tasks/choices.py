@@ -109,14 +109,23 @@ class Habits:
     taste: Any  # [D] drawn to 0
 
 
-def habits(past: Sequence[PastChoice]) -> Habits | None:
-    """Of earlier choices; None where there is none."""
-    if not past:
-        return None
-    weight = 1 / (len(past) + PRIOR)
-    mean = weight * np.sum([own.habit for own in past], axis=0)
-    taste = weight * np.sum([own.taste for own in past], axis=0)
-    return Habits(mean, np.concatenate([own.rejected for own in past]), taste)
+class PastChoices:
+    """A user's earlier choices, oldest first, of which the first ones can be asked for."""
+
+    def __init__(self, past: Sequence[PastChoice]):
+        self._habits = np.cumsum([own.habit for own in past], axis=0)  # [n, A]
+        self._tastes = np.cumsum([own.taste for own in past], axis=0)  # [n, D]
+        self._ends = np.cumsum([len(own.rejected) for own in past])  # [n] of the rows below
+        self._rejected = np.concatenate([own.rejected for own in past]) if past else None
+
+    def first(self, count: int) -> Habits | None:
+        """What the first `count` choices say together; None of none."""
+        if not count:
+            return None
+        assert self._rejected is not None
+        weight, last = 1 / (count + PRIOR), count - 1
+        rejected = self._rejected[: self._ends[last]]
+        return Habits(weight * self._habits[last], rejected, weight * self._tastes[last])
 
 
 def columns(

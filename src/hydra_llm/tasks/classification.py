@@ -50,11 +50,12 @@ class LabelKind(base.TaskKind):
         return {label: i for i, label in enumerate(self.task.labels)}
 
     def vectorize(self, records: Sequence[Record], embed: base.Embed) -> HistoryVectors:
-        inputs = embed([record.input for record in records])
+        inputs, places = embed([record.input for record in records]), None
         if self.task.free_history:
             labelled = [i for i, record in enumerate(records) if record.output in self.index]
             records, inputs = [records[i] for i in labelled], inputs[labelled]
-        return HistoryVectors(inputs, inputs[:, :0], self._indices(records))
+            places = np.array(labelled, dtype=np.int64)
+        return HistoryVectors(inputs, inputs[:, :0], self._indices(records), places=places)
 
     def _indices(self, records: Sequence[Record]) -> NDArray[np.int64]:
         try:

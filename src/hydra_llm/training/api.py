@@ -22,20 +22,21 @@ from hydra_llm.datasets.native import load
 from hydra_llm.datasets.verdicts import doubts
 from hydra_llm.errors import DataError, SettingsError, UnknownUser
 from hydra_llm.llm.base import ChatLLM
-from hydra_llm.llm.concurrency import Progress, StageProgress, run_sync
+from hydra_llm.llm.concurrency import StageProgress, run_sync
 from hydra_llm.llm.none import NONE, is_none
 from hydra_llm.llm.registry import open_llm
 from hydra_llm.model.encoder import open_encoder
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.persistence import check_place
-from hydra_llm.side_features import fit_stats
+from hydra_llm.side_features import fit_stats, texts_of_stats
 from hydra_llm.tasks.base import Task
+from hydra_llm.training.encode import STAGE, encode_ahead, encode_histories
 from hydra_llm.training.labelling import asked_about
 from hydra_llm.training.learned import Learned
 from hydra_llm.training.strengths import Strengths
 from hydra_llm.training.train_scorer import silent
-from hydra_llm.training.work import Work, overlaid
-from hydra_llm.types import Record
+from hydra_llm.training.work import CHUNK_USERS, Work
+from hydra_llm.types import Overlaid, Record
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -70,6 +71,7 @@ async def alearn(
     asked = asked_about(data, settings, learned.users[: settings.labelled_users])
     work = Work(learned, model, progress, out, strengths, asked)
     checkpoint = await work.learn_from(users, first)
+    learned.bundle.features.progress = None
     counts = {"users": len(users), "calls": learned.usage.calls, "cached": learned.usage.cached}
     learned.report(**counts, stages=learned.stages_json())
     if out is not None:
@@ -96,9 +98,11 @@ def _begun(
     for doubt in doubts(data, of_learning=True):
         warn(f"data {doubt.severity}: {doubt}")
     base = sampled_users(users, settings)
-    told = partial(progress, "encode texts")
-    blank = blank_bundle(data.task, llm, settings, records, told, base)
+    blank = blank_bundle(data.task, llm, settings, records, progress, base)
     blank = replace(blank, trained_on=tuple(base))
+    weak = settings.reranker_labels == "history" and settings.rerank != "never"
+    every = list(chain.from_iterable(records[user] for user in base))
+    encode_histories(blank, every, progress, ranks=weak and not is_none(llm))
     notes = _lacking(named, with_records, "have no records and were left out")
     return Learned(blank, blank.trained_on, notes=notes), users
 
@@ -125,18 +129,22 @@ async def afit(
     if settings is not None:
         given = replace(given, settings=as_learned(given.settings, settings))
     _, data, model = _opened(dataset, llm, given.settings)
+    given.check_precision()
     given.check_task(data.task)
     names = data.users("test") if users is None else list(dict.fromkeys(users))
     if unknown := [name for name in names if name not in data.splits]:
         known = f"the data set has {len(data.splits)} users, see `hydra-llm data check`"
         raise UnknownUser(f"unknown user '{unknown[0]}': {known}")
-    own = data.histories(names)
-    lacking = _lacking(names, set(data.with_records()), "have no records: they get the shared head")
-    given = replace(given, records=overlaid(given.records, own))
-    learned = Learned(given, tuple(names), notes=lacking)
+    own, with_records = data.histories(names), set(data.with_records())
+    lacking = _lacking(names, with_records, "have no records: they get the shared head")
+    few = dict(own) if len(own) <= CHUNK_USERS else own
+    given = replace(given, records=Overlaid(few, given.records))
+    learned, features = Learned(given, tuple(names), notes=lacking), given.features
+    features.progress = partial(progress, STAGE)
     await Work(learned, model, progress).fit()
+    features.progress = None
     if not isinstance(bundle, Bundle):
-        learned.bundle.save(bundle)
+        learned.bundle.save_users(bundle, names)
     return learned
 
 
@@ -159,20 +167,20 @@ def blank_bundle(
     llm: ChatLLM,
     settings: Settings,
     records: Mapping[str, Sequence[Record]],
-    progress: Progress | None = None,
+    progress: StageProgress = silent,
     base: Sequence[str] | None = None,
 ) -> Bundle:
-    """A bundle that has learned nothing: all that prompts need. `progress` is the encoder's;
-    `base` are the users whose statistics count, by default all.
+    """A bundle that has learned nothing: all that prompts need. `base` are the users whose
+    statistics count, by default all.
     """
-    encoder = open_encoder(
-        settings.encoder, pooling=settings.pooling, max_length=settings.max_length
-    )
-    encoder.progress = progress
+    encoder = open_encoder(settings.encoder, **settings.of_encoder)
     store = FeatureCache(encoder, settings.cache / "features.sqlite")
-    of_users = records if base is None else base
-    stats = fit_stats(task, store, [records[user] for user in of_users])
-    return Bundle(task, settings, dict(llm.identity), store, stats, records=records)
+    store.progress = partial(progress, STAGE)
+    histories = [records[user] for user in (records if base is None else base)]
+    encode_ahead(store, texts_of_stats(histories), progress)
+    stats = fit_stats(task, store, histories)
+    bundle = Bundle(task, settings, dict(llm.identity), store, stats, records=records)
+    return replace(bundle, precision=encoder.precision)
 
 
 def sampled_users(users: Sequence[str], settings: Settings) -> list[str]:
@@ -190,6 +198,8 @@ def _opened(
     if chosen.tune_encoder and chosen.features != "cross":
         fault = "a tower keeps its features and cannot be tuned"
         raise SettingsError(f"tune_encoder needs features=cross: {fault}")
+    if chosen.tune_encoder and chosen.encoder_precision not in ("auto", "fp32"):
+        raise SettingsError(f"tune_encoder needs fp32, not {chosen.encoder_precision}")
     data = dataset if isinstance(dataset, DataSet) else load(dataset)
     model = open_llm(llm, chosen) if isinstance(llm, str) else llm
     return chosen, data, model

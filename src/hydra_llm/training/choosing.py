@@ -19,7 +19,7 @@ from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.context import Context
 from hydra_llm.errors import LLMError
-from hydra_llm.llm.concurrency import Progress, map_calls
+from hydra_llm.llm.concurrency import Progress, at_once, map_calls
 from hydra_llm.pipeline import UserPipeline
 from hydra_llm.select import ByVotes, ByWords, Selector
 from hydra_llm.types import Candidate, Proposal, Query, Usage
@@ -126,7 +126,7 @@ class _Trial:
         async def propose(context: Context) -> Proposal:
             return await own.apropose(context.without_vectors())
 
-        limit = settings.concurrency
+        limit = at_once(own.llm, settings.concurrency)
         results = await map_calls(propose, self.contexts, limit=limit, progress=told)
         spent = (r.usage if isinstance(r, Proposal) else Usage(failed=1) for r in results)
         self.choice.usage += sum(spent, Usage())

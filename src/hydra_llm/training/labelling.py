@@ -10,7 +10,7 @@ and weak labels, which cost no LLM call:
 Knows no scorer but those inside the personalizer. A failed call is reported and its pair left out.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -18,8 +18,8 @@ from hydra_llm.config import Settings
 from hydra_llm.context import Context
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import LLMError
-from hydra_llm.history import as_query, before, in_order
-from hydra_llm.llm.concurrency import Progress, map_calls
+from hydra_llm.history import as_query, before, in_order, precedes, with_pasts
+from hydra_llm.llm.concurrency import Progress, at_once, map_calls
 from hydra_llm.pipeline import Records, UserPipeline
 from hydra_llm.plugins import HEADS
 from hydra_llm.rerank import record_text
@@ -90,10 +90,16 @@ def training_queries(task: Task, records: Sequence[Record], count: int) -> list[
     """A user's last records as queries, if they see a record and have an answer of the task. A
     recorded choice among texts needs no labels by an LLM.
     """
-    ordered = [record for record in in_order(records) if task.is_answer(record.output)]
-    if not task.labels:
-        ordered = [record for record in ordered if not isinstance(record, Choice)]
-    return [as_query(record) for record in ordered[-count:] if before(records, record)]
+    ordered = [record for record in in_order(records) if _can_be_asked(task, record)]
+    return [as_query(record) for record in ordered[-count:] if _sees_one(record, records)]
+
+
+def _can_be_asked(task: Task, record: Record) -> bool:
+    return task.is_answer(record.output) and (bool(task.labels) or not isinstance(record, Choice))
+
+
+def _sees_one(record: Record, records: Iterable[Record]) -> bool:
+    return any(own.user == record.user and precedes(own, record) for own in records)
 
 
 async def reranker_groups(
@@ -113,12 +119,14 @@ async def reranker_groups(
         gain = once.task.gain(sampled.candidates[0].answer, query.gold or "")
         return gain, sampled.usage, [*prompt.notes, *sampled.notes]
 
-    results = await map_calls(usefulness, cases, limit=settings.concurrency, progress=progress)
+    limit = at_once(once.llm, settings.concurrency)
+    results = await map_calls(usefulness, cases, limit=limit, progress=progress)
     useful: dict[Query, list[tuple[Ranked, float]]] = {}
 
     def groups(featurizer: Featurizer) -> list[LabelledGroup]:
+        asked = [own for own in contexts if own.query in useful]
         group = partial(_reranker_group, personalizer, featurizer, voted=True)
-        return [group(own, useful[own.query]) for own in contexts if own.query in useful]
+        return [group(_seen(featurizer, own), useful[own.query]) for own in asked]
 
     out = Collected(groups, calls=len(cases))
     for (context, item), result in zip(cases, results, strict=True):
@@ -141,16 +149,28 @@ def weak_reranker_groups(
     an LLM that is shown one record leans on that record's answer (measured on training users:
     benchmarks/reranker_labels.py), and histories give many more groups than an LLM can label.
     """
-    task, records, groups = personalizer.task, personalizer.records[user], []
-    for query in training_queries(task, records, len(records)):
-        context, rows = personalizer.context_of(query), []
+    task, groups = personalizer.task, list[LabelledGroup]()
+    for record, context in _with_contexts(featurizer, personalizer.records[user]):
+        if not context.visible or not _can_be_asked(task, record):
+            continue
+        rows = []
         for item in personalizer.retrieve(context):
             answer = item.record.output  # in LaMP-1's papers none of the labels
             own = answer if task.is_answer(answer) else None
-            rows.append((item, task.gain(own, query.gold or "")))
+            rows.append((item, task.gain(own, record.output)))
         if len(rows) > 1:
             groups.append(_reranker_group(personalizer, featurizer, context, rows, voted=False))
     return groups
+
+
+def _with_contexts(
+    featurizer: Featurizer, records: Sequence[Record]
+) -> Iterator[tuple[Record, Context]]:
+    """A user's records, oldest first, each with itself as a query for those before it."""
+    own = in_order(records)
+    vectorize = featurizer.of_pasts(own[:-1])  # the last one is in no past
+    for record, past in with_pasts(own):
+        yield record, Context(as_query(record), tuple(past), vectorize=vectorize)
 
 
 def _reranker_group(
@@ -164,7 +184,7 @@ def _reranker_group(
     items, gains = zip(*rows, strict=True)
     with_answer = personalizer.settings.record_answer
     texts = [record_text(item.record, with_answer=with_answer) for item in items]
-    side = featurizer.reranker(context.query, items, featurizer.vectorize(context.visible))
+    side = featurizer.reranker(context.query, items, context.vectors)
     query, position = context.query, len(context.visible)
     return LabelledGroup(query.user, query.id, query.input, texts, gains, side, position, voted)
 
@@ -174,7 +194,7 @@ async def adapter_groups(
 ) -> Collected:
     """Let the LLM propose candidates for each query, each with its gain."""
     contexts = [personalizer.context_of(query) for query in queries]
-    limit = personalizer.settings.concurrency
+    limit = at_once(personalizer.llm, personalizer.settings.concurrency)
 
     async def propose(context: Context) -> Proposal:
         return await personalizer.apropose(context.without_vectors())
@@ -183,7 +203,8 @@ async def adapter_groups(
     offers: list[tuple[Context, list[Candidate]]] = []
 
     def groups(featurizer: Featurizer) -> list[LabelledGroup]:
-        return [_labelled(featurizer, context, own, voted=True) for context, own in offers]
+        seen = ((_seen(featurizer, context), own) for context, own in offers)
+        return [_labelled(featurizer, context, own, voted=True) for context, own in seen]
 
     out = Collected(groups, calls=len(queries))
     for context, proposal in zip(contexts, proposals, strict=True):
@@ -196,6 +217,11 @@ async def adapter_groups(
             if candidates := _offered(personalizer, proposal):
                 offers.append((context, candidates))
     return out
+
+
+def _seen(featurizer: Featurizer, context: Context) -> Context:
+    """The context with vectors of the encoder as it is now."""
+    return replace(context, vectorize=featurizer.vectorize)
 
 
 def _offered(personalizer: UserPipeline, proposal: Proposal) -> list[Candidate]:
@@ -237,16 +263,19 @@ def reads_labels(task: Task, settings: Settings) -> bool:
 def weak_adapter_groups(featurizer: Featurizer, records: Sequence[Record]) -> list[LabelledGroup]:
     """A user's records as queries over all labels, each labelled by its own answer."""
     labels, candidates = featurizer.task.labels, all_labels(featurizer.task, [])
-    queries = [as_query(record) for record in in_order(records) if record.output in labels]
-    contexts = (Context(query, tuple(before(records, query))) for query in queries)
-    return [_labelled(featurizer, context, candidates, voted=False) for context in contexts]
+    return [
+        _labelled(featurizer, context, candidates, voted=False)
+        for record, context in _with_contexts(featurizer, records)
+        if record.output in labels
+    ]
 
 
 def choice_groups(featurizer: Featurizer, records: Sequence[Record]) -> list[LabelledGroup]:
     """A user's recorded choices, each with what is known of the records before it."""
-    ordered = [record for record in in_order(records) if isinstance(record, Choice)]
     return [
-        choice_group(featurizer, as_query(choice), before(records, choice)) for choice in ordered
+        _choice_group(featurizer, context, offered_candidates(context.query))
+        for record, context in _with_contexts(featurizer, records)
+        if isinstance(record, Choice)
     ]
 
 
@@ -259,11 +288,17 @@ def choice_group(
     """A choice of which the query's `gold` was taken, whether it was imported or is the gateway's
     feedback; `candidates`: what is known of those offered beside their texts.
     """
-    offered = candidates or offered_candidates(query)
-    side = featurizer.adapter(query, offered, featurizer.vectorize(visible))
+    context = Context(query, tuple(visible), vectorize=featurizer.vectorize)
+    return _choice_group(featurizer, context, candidates or offered_candidates(query))
+
+
+def _choice_group(
+    featurizer: Featurizer, context: Context, offered: Sequence[Candidate]
+) -> LabelledGroup:
+    query, position = context.query, len(context.visible)
+    side = featurizer.adapter(query, offered, context.vectors)
     texts = [candidate_text(featurizer.task, candidate) for candidate in offered]
     gains = [float(text == query.gold) for text in texts]
-    position = len(visible)
     plain = LabelledGroup(query.user, query.id, query.input, texts, gains, side, position)
     # as the LLM's candidates, whose groups learn from choices too where there are both
     return replace(plain, voted=True, exact=True)
@@ -274,7 +309,7 @@ def _labelled(
 ) -> LabelledGroup:
     task, query = featurizer.task, context.query
     gains = [task.gain(candidate.answer, query.gold or "") for candidate in candidates]
-    side = featurizer.adapter(query, candidates, featurizer.vectorize(context.visible))
+    side = featurizer.adapter(query, candidates, context.vectors)
     texts = [candidate_text(task, candidate) for candidate in candidates]
     position = len(context.visible)
     return LabelledGroup(query.user, query.id, query.input, texts, gains, side, position, voted)

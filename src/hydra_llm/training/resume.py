@@ -51,9 +51,9 @@ class SampleCheckpoint:
         same = then.features.encoder.digest == now.features.encoder.digest
         features = now.features if same else then.features
         report = {key: value for key, value in then.report.items() if key != KEY}
-        learned.bundle = replace(
-            then, features=features, records=now.records, report=report, versions={}
-        )
+        heads = {name: dict(own) for name, own in then.heads.items()}  # the file will go
+        kept = {"features": features, "records": now.records, "report": report, "heads": heads}
+        learned.bundle = replace(then, **kept, versions={})
         return True
 
     def write(self, learned: Learned) -> None:

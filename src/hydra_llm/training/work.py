@@ -3,14 +3,12 @@
 `api.py` opens what they need and says who is learned from.
 """
 
-from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from time import perf_counter
-from typing import TypeVar
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.errors import LLMError
@@ -48,9 +46,8 @@ from hydra_llm.training.train_scorer import (
     train_scorer,
 )
 from hydra_llm.training.word_model import TOO_FEW, WordModels, learn_word_model
-from hydra_llm.types import StageCost
+from hydra_llm.types import Overlaid, StageCost
 
-T = TypeVar("T")
 CHUNK_USERS = 500  # whose heads are fitted at once: bounds memory
 RERANKER, ADAPTER = "reranker", "adapter"
 STAGES = {RERANKER: "label records", ADAPTER: "label candidates"}
@@ -59,19 +56,11 @@ SKIPPED = {  # why none is learned where all gains are equal
     RERANKER: "no retrieved record changed what the LLM's answer was worth",
     ADAPTER: "no two candidates of a query differed in what they were worth",
 }
-ERRORS = {
+ERRORS = {  # of the report, told where a sample was learned from
     "prior_error": "the prior's covariance (relative)",
     "loss_user_error": "the held-out loss",
 }
 NO_LLM = "no LLM was given"
-
-
-def overlaid(old: Mapping[str, T], new: Mapping[str, T]) -> Mapping[str, T]:
-    """Both, `new` first, without a copy of what may be a million users'."""
-    first = dict(new) if len(new) <= CHUNK_USERS else new
-    if isinstance(old, ChainMap) and isinstance(first, dict) and isinstance(old.maps[0], dict):
-        return ChainMap({**old.maps[0], **first}, *old.maps[1:])
-    return ChainMap(first, old)  # type: ignore[arg-type]  # nobody writes to them
 
 
 @dataclass(frozen=True)
@@ -283,7 +272,9 @@ class Work:
         learned.users = tuple(users)
 
     async def _fit(self, users: Sequence[str]) -> None:
-        learned = self.learned
+        learned, given = self.learned, self.learned.bundle
+        every = list(chain.from_iterable(given.records[user] for user in users))
+        encode_histories(given, every, self.progress, ranks=given.reranker is not None)
         for name in (name for name in (RERANKER, ADAPTER) if name in learned.bundle.scorers):
             plain, bundle = self.plain(name), learned.bundle
             groups, of_llm = _weak_groups(name, plain, bundle.featurizer, users), name == ADAPTER
@@ -299,7 +290,7 @@ class Work:
             heads = solve_heads(bundle, name, labelled, users)
             stage, ended = f"fit {name}", perf_counter()
             learned.solved[stage] = learned.solved.get(stage, 0.0) + ended - encoded
-            own = overlaid(bundle.heads.get(name, {}), heads)
+            own = Overlaid(heads, bundle.heads.get(name, {}))
             learned.bundle = replace(bundle, heads={**bundle.heads, name: own})
             before = learned.stages.get(stage, StageCost(0, 0.0))
             seconds = before.seconds + ended - started

@@ -8,11 +8,11 @@ from hydra_llm.extras import require
 require("learn", "a head")
 
 from hydra_llm.model.head import Head, latest_time
-from hydra_llm.model.heads.base import HeadKind, HeadMatrix, HeadProblem, SGDConfig
+from hydra_llm.model.heads.base import HeadKind, HeadProblem, SGDConfig
 from hydra_llm.model.interactions import Interaction
 from hydra_llm.plugins import HEADS
 
-__all__ = ["Head", "HeadKind", "HeadMatrix", "HeadProblem", "SGDConfig", "latest_time", "make_head"]
+__all__ = ["Head", "HeadKind", "HeadProblem", "SGDConfig", "latest_time", "make_head"]
 
 
 def make_head(kind: str, interaction: Interaction, *, rank: int = 16) -> HeadKind:

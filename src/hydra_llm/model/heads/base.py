@@ -1,4 +1,4 @@
-"""All users' heads as one array, and what a kind of head must be able to do.
+"""What a kind of head must be able to do.
 
     score(user, pair) = g(φ; θ₀ + δ)     θ₀: the shared head, δ: the user's numbers (paper, 3.1)
 
@@ -7,79 +7,18 @@ Every head has a Gaussian prior whose mean is the shared head. A new kind is a s
 Letters: U users, G groups, C candidates, P numbers of a head, V length of θ₀.
 """
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from hydra_llm.model.head import Head
 from hydra_llm.model.interactions import Interaction
 from hydra_llm.model.laplace import LaplacePosterior
 from hydra_llm.model.newton import Loss
-
-
-class HeadMatrix(Mapping[str, Head]):
-    """User → head, views of one flat array as a bundle's weights hold it; `ends` [U] says where
-    each user's numbers end.
-    """
-
-    def __init__(
-        self, users: Iterable[str], numbers: np.ndarray, ends: np.ndarray, meta: ArrayLike
-    ):
-        self._rows = {user: row for row, user in enumerate(users)}
-        self._numbers, self._ends = numbers, ends
-        self._meta = np.array(meta, dtype=np.float64).reshape(-1, 2)  # records and until
-        numbers.flags.writeable = False
-
-    @classmethod
-    def of(cls, heads: Mapping[str, Head]) -> "HeadMatrix":
-        """A copy of these heads in one array."""
-        values = list(heads.values())
-        empty = np.zeros(0, dtype=np.float32)
-        numbers = np.concatenate([empty, *(head.numbers for head in values)])
-        ends = np.cumsum([len(head.numbers) for head in values], dtype=np.int64)
-        return cls(heads, numbers, ends, [(head.records, head.until) for head in values])
-
-    def __getitem__(self, user: str) -> Head:
-        row = self._rows[user]
-        start = int(self._ends[row - 1]) if row else 0
-        records, until = self._meta[row]
-        return Head(self._numbers[start : int(self._ends[row])], int(records), float(until))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    # ---- on disk: plain values and tensors
-
-    def config(self) -> dict[str, Any]:
-        """Users in the order of their rows, with what their heads were learned from."""
-        known = self._meta[:, 0].astype(int).tolist()
-        untils = [None if math.isinf(until) else until for until in self._meta[:, 1].tolist()]
-        return {"users": list(self._rows), "known": known, "until": untils}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All numbers in a row, and where each user's end."""
-        numbers = torch.from_numpy(self._numbers.copy())
-        return {"heads.numbers": numbers, "heads.ends": torch.from_numpy(self._ends)}
-
-    @classmethod
-    def restore(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "HeadMatrix":
-        """The inverse of `config` and `tensors`; KeyError or ValueError if they do not fit."""
-        users, ends = config["users"], tensors["heads.ends"].numpy()
-        numbers = tensors["heads.numbers"].numpy()
-        untils = [-math.inf if until is None else until for until in config["until"]]
-        meta = list(zip(config["known"], untils, strict=True))
-        if len(users) != len(ends) or (len(ends) and int(ends[-1]) != len(numbers)):
-            raise ValueError(f"{len(users)} users, {len(ends)} heads of {len(numbers)} numbers")
-        return cls(users, numbers, ends, meta)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,234 @@
+"""The encoder in fp32, bfloat16 and int8: sequences a second, and what becomes of scores and picks.
+
+    python benchmarks/encoder.py DATA --bundles FOLDER --replays FOLDER [--parts speed,scores,picks]
+
+speed    one batch of real texts (movie_rating, joined and cut) of 64, 128 and 256 tokens, in turn;
+         by processor time of one thread. Beside them torch's own dynamic quantization (one scale
+         for all tokens of a batch) and, where it is installed, OpenVINO.
+scores   bundles FOLDER/NAME of DATA/NAME, learned in fp32, opened in each precision: Spearman's
+         correlation of all scores of their test users' queries with those of fp32 (reranker: the
+         retrieved records; adapter: every label), the share of queries with the same first one, and
+         the least cosine of a query's vectors.
+picks    the committed benchmark, learned, fitted and answered in each precision.
+
+FOLDER/PRECISION has what `HYDRA_ENCODER_PRECISION=PRECISION python benchmarks/replay.py DATA --only
+NAME --work FOLDER/PRECISION` left there. Exits with 1 if the correlation of a precision is below
+0.98.
+"""
+
+import gzip
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measure import Limit, finish, options
+from publish import BASELINE, report
+from scipy.stats import spearmanr
+
+from hydra_llm.bundle import Bundle
+from hydra_llm.config import load_settings
+from hydra_llm.datasets.native import load
+from hydra_llm.history import before
+from hydra_llm.model.encoder import Encoder, open_encoder
+from hydra_llm.select import all_labels
+from hydra_llm.types import Query
+
+PRECISIONS = ("fp32", "bf16", "int8")
+LENGTHS = (64, 128, 256)
+LEAST = 0.98
+QUERIES = 5  # of a user, in `scores`
+RESULTS = Path(__file__).with_name("results")
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = options(__doc__, runs=5)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--bundles", type=Path, required=True)
+    parser.add_argument("--replays", type=Path, required=True)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--parts", default="speed,scores,picks")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = args.replays / "fp32"
+    names = sorted(path.name for path in folder.iterdir() if (path / "run/results.json").exists())
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "speed": lambda: measure_speed(args.data, args.runs, args.batch),
+        "scores": lambda: [
+            row
+            for place in sorted(args.bundles.iterdir())
+            for row in compare_scores(place, args.data / place.name)
+        ],
+        "picks": lambda: [row for name in names for row in compare_picks(name, args.replays)],
+    }
+    result = {name: parts[name]() for name in args.parts.split(",")}
+    lines = [
+        " ".join(f"{k} {v}" for k, v in row.items()) for part in result.values() for row in part
+    ]
+    limits = [
+        Limit(f"Spearman, {row['data']}, {row['scorer']}, {row['precision']}", value, LEAST, True)
+        for row in result.get("scores", ())
+        if (value := row["spearman"]) is not None
+    ]
+    finish(args, result, lines, limits)
+
+
+# ---- speed
+
+
+def measure_speed(data: Path, runs: int, batch: int) -> list[Row]:
+    with gzip.open(data / "movie_rating" / "history.jsonl.gz", "rt", encoding="utf-8") as lines:
+        inputs = [
+            json.loads(line)["input"] for _, line in zip(range(8 * batch), lines, strict=False)
+        ]
+    texts = [" ".join(inputs[i::batch]) for i in range(batch)]
+    rows = []
+    for length in LENGTHS:
+        jobs: dict[str, Callable[[], object]] = {}
+        plain = open_encoder("minilm", max_length=length)
+        encoders = {name: plain.at(name) for name in PRECISIONS}  # type: ignore[arg-type]
+        encoders["torch dynamic int8"] = dynamic(plain)
+        for name, encoder in encoders.items():
+            jobs[name] = lambda own=encoder: own.encode(texts, batch=batch)  # type: ignore[misc]
+        jobs |= openvino_jobs(plain, texts)
+        for name, times in cpu_in_turn(jobs, runs).items():
+            cuts = [batch / own for own in statistics.quantiles(times, n=4, method="inclusive")]
+            row = {"tokens": length, "encoder": name, "per_s": cuts[1]}
+            rows.append({**row, "quartile_1": cuts[2], "quartile_3": cuts[0]})
+    return rows
+
+
+def dynamic(plain: Encoder) -> Encoder:
+    """Torch's own dynamic quantization, which it calls deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = torch.ao.quantization.quantize_dynamic(plain.model, {torch.nn.Linear})
+    return Encoder(quantized, plain.tokenizer, "minilm", "mean", plain.max_length).eval()
+
+
+def openvino_jobs(plain: Encoder, texts: list[str]) -> dict[str, Callable[[], object]]:
+    """The same model in OpenVINO, one thread, in fp32 and bfloat16; empty without it."""
+    if find_spec("openvino") is None:
+        return {}
+    openvino: Any = import_module("openvino")
+    ids = torch.tensor([encoding.ids for encoding in plain._tokenize(texts)])  # of one length
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    converted = openvino.convert_model(plain.model, example_input=inputs)
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    jobs: dict[str, Callable[[], object]] = {}
+    for hint, name in (("f32", "OpenVINO fp32"), ("bf16", "OpenVINO bf16")):
+        options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": 1}
+        compiled = openvino.Core().compile_model(converted, "CPU", options)
+        jobs[name] = lambda own=compiled: own(arrays)  # type: ignore[misc]
+    return jobs
+
+
+def cpu_in_turn(jobs: dict[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
+    """Processor seconds of each run; the jobs run alternately, once to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for number in range(runs + 1):
+        for name, job in jobs.items():
+            begin = time.process_time()
+            job()
+            if number:
+                times[name].append(time.process_time() - begin)
+    return times
+
+
+# ---- scores
+
+
+def compare_scores(place: Path, data: Path) -> list[Row]:
+    """Rows of a bundle's scorers and precisions."""
+    dataset = load(data)
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    vectors: dict[str, np.ndarray] = {}
+    for precision in PRECISIONS:
+        with tempfile.TemporaryDirectory() as cache:
+            here = load_settings(encoder_precision=precision, cache=cache)
+            bundle = Bundle.load(place, here=here)
+            queries = [
+                query
+                for user in bundle.records
+                if user not in bundle.trained_on
+                for query in dataset.queries(user)[:QUERIES]
+            ]
+            found[precision] = scores_of(bundle, queries)
+            vectors[precision] = bundle.features.encoder.encode([q.input for q in queries[:64]])
+            bundle.features.close()
+    rows = []
+    for scorer, plain in found["fp32"].items():
+        for precision in PRECISIONS[1:]:
+            other = found[precision][scorer]
+            pooled = [np.concatenate(own) if own else np.zeros(0) for own in (plain, other)]
+            first = [np.argmax(a) == np.argmax(b) for a, b in zip(plain, other, strict=True)]
+            cosine = (vectors["fp32"] * vectors[precision]).sum(1).min()
+            rows.append(
+                {
+                    "data": place.name,
+                    "scorer": scorer,
+                    "precision": precision,
+                    "queries": len(plain),
+                    "spearman": float(spearmanr(*pooled)[0]) if plain else None,
+                    "same_first": float(np.mean(first)) if first else None,
+                    "least_cosine": float(cosine),
+                }
+            )
+    return rows
+
+
+def scores_of(bundle: Bundle, queries: list[Query]) -> dict[str, list[list[float]]]:
+    """Each query's scores, by scorer; candidates in a fixed order."""
+    pipeline, scores = bundle.pipeline(), dict[str, list[list[float]]]()
+    for query in queries:
+        visible = before(bundle.records[query.user], query)
+        context = pipeline.context(query, visible, bundle.heads_of(query.user))
+        if bundle.reranker and bundle.use_reranker:
+            ranked = pipeline.rerank(context, pipeline.retrieve(context))
+            by_rank = sorted(ranked, key=lambda item: item.rank)
+            if len(by_rank) > 1:
+                scores.setdefault("reranker", []).append([r.usefulness or 0.0 for r in by_rank])
+        if bundle.adapter and bundle.task.labels:
+            chosen = pipeline.select(context, all_labels(bundle.task, []))
+            scores.setdefault("adapter", []).append([c.score or 0.0 for c in chosen.candidates])
+    return scores
+
+
+# ---- picks
+
+
+def compare_picks(result: str, replays: Path) -> list[Row]:
+    """Metrics of the methods with learned parts, in each precision; `published`: the committed.
+    Left out: methods whose prompts have other records in one of them, so that no answer of the LLM
+    is recorded.
+    """
+    published = json.loads((RESULTS / result / "report.json").read_text(encoding="utf-8"))
+    commands = json.loads((RESULTS / result / "commands.json").read_text(encoding="utf-8"))
+    reports = {"published": published}
+    for precision in PRECISIONS:
+        run = replays / precision / result / "run"
+        if (run / "results.json").exists():
+            reports[precision] = report(run, commands.get("against", BASELINE))
+    failed = {m["method"] for own in reports.values() for m in own["methods"] if m["failed"]}
+    rows = []
+    for name, own in reports.items():
+        for method in own["methods"]:
+            learned = method["method"].startswith(("hydra", "scorer-only"))
+            if learned and method["method"] not in failed:
+                metrics = {key: value[0] for key, value in method["metrics"].items()}
+                known = {"result": result, "precision": name, "method": method["method"]}
+                rows.append({**known, **metrics})
+    return rows
+
+
+if __name__ == "__main__":
+    main()

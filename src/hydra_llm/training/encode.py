@@ -1,0 +1,66 @@
+"""Encode the texts of histories before they are needed, with progress and the time that remains:
+else minutes pass without a word. Knows no users and no LLM.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_llm.bundle import Bundle
+from hydra_llm.llm.concurrency import StageProgress
+from hydra_llm.model.feature_cache import FeatureCache
+from hydra_llm.rerank import record_text
+from hydra_llm.tasks.base import Task
+from hydra_llm.tasks.choices import choices_of
+from hydra_llm.types import Record
+
+STAGE = "encode texts"
+AT_ONCE = 1024  # texts that are kept together: a stopped run loses no more
+
+
+def encode_ahead(features: FeatureCache, texts: Iterable[str], progress: StageProgress) -> None:
+    """Encode those of the texts that are not kept; nothing where they would not be kept."""
+    distinct = list(dict.fromkeys(texts))
+    if not features.holds(len(distinct)) or not features.missing(distinct):
+        return
+    before, kept = features.progress, 0
+
+    def report(done: int, total: int) -> None:
+        progress(STAGE, kept + done, len(distinct))
+
+    try:
+        features.progress = report
+        for start in range(0, len(distinct), AT_ONCE):
+            kept = start
+            report(0, 0)
+            features.texts(distinct[start : start + AT_ONCE])
+    finally:
+        features.progress = before
+    progress(STAGE, len(distinct), len(distinct))
+
+
+def encode_histories(
+    bundle: Bundle, records: Sequence[Record], progress: StageProgress, *, ranks: bool
+) -> None:
+    """Encode what a bundle's stages read of records. `ranks`: whether a reranker is among them."""
+    if not records:
+        return
+    texts = vectorized(bundle.task, records)
+    if ranks and bundle.settings.features == "tower":
+        answers = bundle.settings.record_answer
+        texts += [record_text(record, with_answer=answers) for record in records]
+    encode_ahead(bundle.features, texts, progress)
+
+
+def vectorized(task: Task, records: Sequence[Record]) -> list[str]:
+    """The texts whose vectors the task's side features compare."""
+    texts = list[str]()
+
+    def collect(some: Sequence[str]) -> NDArray[np.floating]:
+        texts.extend(some)
+        return np.zeros((len(some), 1))
+
+    task.strategy.vectorize(records, collect)
+    offered = [] if task.labels else choices_of(records)
+    return texts + [text for choice in offered for text in choice.candidates]
