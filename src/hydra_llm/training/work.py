@@ -21,6 +21,7 @@ from hydra_llm.rerank import record_text
 from hydra_llm.side_features import Featurizer
 from hydra_llm.training.choosing import choose_sampling, chosen_over, judged, some_of_each
 from hydra_llm.training.dataset import LabelledGroup
+from hydra_llm.training.encode import encode_histories
 from hydra_llm.training.gate import fit_gate
 from hydra_llm.training.labelling import (
     Asked,
