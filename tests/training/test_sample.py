@@ -25,7 +25,7 @@ from hydra_llm.datasets.dataset import DataSet, Split
 from hydra_llm.datasets.native import load, save
 from hydra_llm.model.interactions import Groups, LabelBilinear
 from hydra_llm.tasks.base import Task
-from hydra_llm.training import resume, work
+from hydra_llm.training import api, resume, work
 from hydra_llm.training.api import fit, learn, sampled_users
 from hydra_llm.training.calibration import FitReport
 from hydra_llm.training.learned import Learned
@@ -128,7 +128,8 @@ def test_neither_learning_nor_fitting_holds_all_histories(
 ) -> None:
     """Of 60 users' records, those of a few users are alive at any time."""
     monkeypatch.setattr(rows, "LATEST", 2)
-    monkeypatch.setattr(work, "CHUNK_USERS", 4)
+    for module in (work, api):
+        monkeypatch.setattr(module, "CHUNK_USERS", 4)
     save(made(60), tmp_path / "data")
     most = 0
 
