@@ -139,9 +139,11 @@ async def in_turn(
         return {name: percentiles(await asyncio.gather(*own)) for name, own in tasks.items()}
 
 
-def cpu_ms(url: str) -> float:
-    """Milliseconds of processor time that a server's process has used; in steps of 10 ms."""
-    fields = Path(f"/proc/{PROCESSES[url]}/stat").read_text().rpartition(")")[2].split()
+def cpu_ms(url: str, pid: int | None = None) -> float:
+    """Milliseconds of processor time that a server's process, or another, has used; in steps of
+    10 ms.
+    """
+    fields = Path(f"/proc/{pid or PROCESSES[url]}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) * 1000 / os.sysconf("SC_CLK_TCK")
 
 

@@ -26,7 +26,7 @@ from hydra_llm.bench.stats import paired
 from hydra_llm.config import load_settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.demo import movielens
-from hydra_llm.llm.concurrency import map_calls, run_sync
+from hydra_llm.llm.concurrency import at_once, map_calls, run_sync
 from hydra_llm.llm.registry import open_llm
 from hydra_llm.pipeline import UserPipeline
 from hydra_llm.retrieve import make_retriever
@@ -127,7 +127,7 @@ def answers_of(
     pipeline = UserPipeline(data.task, retriever, settings, llm=llm, records=records)
     answers = []
     for proposal in run_sync(
-        partial(map_calls, pipeline.apropose, queries, limit=settings.concurrency)
+        partial(map_calls, pipeline.apropose, queries, limit=at_once(llm, settings.concurrency))
     ):
         if isinstance(proposal, Exception):
             raise proposal

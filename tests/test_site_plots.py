@@ -62,7 +62,7 @@ def opened() -> Iterator[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [1000, 360])
+@pytest.mark.parametrize("width", [1000, 390, 360])
 def test_plots_in_the_browser(opened: Any, tmp_path: Path, width: int) -> None:
     """Every row is drawn, the best first; nothing leaves the page, no label covers another."""
     style, script = ((DOCS / "assets" / name).as_uri() for name in ("site.css", "plots.js"))
@@ -86,15 +86,26 @@ def test_plots_in_the_browser(opened: Any, tmp_path: Path, width: int) -> None:
         shown = [title.inner_html() for title in forest.query_selector_all(".row title")]
         assert [title.split(":")[0] for title in shown] == [row["method"] for row in rows]
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(FAULTS) == [], own["name"]
         if own["metric"]:
             assert len(others[0].query_selector_all(".row circle")) == len(own["rows"])
-            assert not page.evaluate(OVERLAPS)
+            labels = others[0].query_selector_all(".row text")
+            assert "hydra@4,8" in [label.inner_html() for label in labels], own["name"]
     page.close()
 
 
-OVERLAPS = """() => {
-  const texts = [...document.querySelectorAll('.cost .row text')];
+FAULTS = """() => [...document.querySelectorAll('figure svg')].flatMap((svg) => {
+  const frame = svg.getBoundingClientRect();
+  const texts = [...svg.querySelectorAll('text')];
   const boxes = texts.map((text) => text.getBoundingClientRect());
-  return boxes.some((a, i) => boxes.slice(i + 1).some((b) =>
-    a.left < b.right && b.left < a.right && a.top + 3 < b.bottom - 3 && b.top + 3 < a.bottom - 3));
-}"""
+  const meet = (a, b) =>
+    a.left < b.right && b.left < a.right && a.top + 3 < b.bottom - 3 && b.top + 3 < a.bottom - 3;
+  return boxes.flatMap((a, i) => [
+    ...(a.left < frame.left - 1 || a.right > frame.right + 1
+      || a.top < frame.top - 3 || a.bottom > frame.bottom + 3
+      ? [texts[i].textContent + ' is cut'] : []),
+    ...boxes.flatMap((b, j) => j > i && meet(a, b)
+      ? [texts[i].textContent + ' over ' + texts[j].textContent] : []),
+  ]);
+})"""
+"""Texts that leave their plot, and texts that cover others."""

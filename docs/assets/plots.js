@@ -28,6 +28,31 @@
     return node;
   }
 
+  /* A text's box as the browser draws it, in the font that is there. */
+  function boxOf(text) {
+    const { x, y, width, height } = text.getBBox();
+    return { left: x, right: x + width, top: y, bottom: y + height };
+  }
+
+  const meet = (a, b) => a.left < b.right && a.right > b.left && a.top < b.bottom && a.bottom > b.top;
+
+  /* Move a text to the side, if need be, so that it is inside. */
+  function inside(text, width) {
+    const { left, right } = boxOf(text);
+    const by = left < 0 ? -left : Math.min(0, width - right);
+    if (by) text.setAttribute("x", Number(text.getAttribute("x")) + by);
+    return text;
+  }
+
+  /* The widest of some texts. */
+  function widest(svg, texts, attributes) {
+    const probe = make("text", attributes, svg);
+    const lengths = texts.map((text) => { probe.textContent = text; return probe.getComputedTextLength(); });
+    probe.remove();
+    return Math.max(0, ...lengths);
+  }
+
+  const named = (row) => row.method.replace(" (chosen on training users)", "");
   const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(1);
   const figures = ([value, low, high]) =>
     low === undefined ? signed(value) : `${signed(value)} [${signed(low)}, ${signed(high)}]`;
@@ -47,11 +72,16 @@
   }
 
   function axis(svg, values, x, top, bottom, title, width) {
+    let last = -Infinity;
     for (const value of values) {
       make("line", { x1: x(value), x2: x(value), y1: top, y2: bottom, class: value ? "grid" : "zero" }, svg);
-      make("text", { x: x(value), y: bottom + 18, "text-anchor": "middle" }, svg, String(value).replace("-", "−"));
+      const at = { x: x(value), y: bottom + 18, "text-anchor": "middle" };
+      const mark = inside(make("text", at, svg, String(value).replace("-", "−")), width);
+      const { left, right } = boxOf(mark);
+      if (left < last + 4) mark.remove();
+      else last = right;
     }
-    make("text", { x: width / 2, y: bottom + 40, "text-anchor": "middle", class: "title" }, svg, title);
+    inside(make("text", { x: width / 2, y: bottom + 40, "text-anchor": "middle", class: "title" }, svg, title), width);
   }
 
   function drawing(parent, width, height, label) {
@@ -64,13 +94,14 @@
     const rows = chosen.rows.filter((row) => row.share).sort((a, b) => b.share[0] - a.share[0]);
     const narrow = width < 620;
     const step = narrow ? 38 : 24;
-    const left = narrow ? 8 : 250;
-    const right = narrow ? 8 : 150;
     const bottom = rows.length * step + 8;
     const ends = rows.flatMap((row) => row.share);
     const low = Math.min(0, ...ends), high = Math.max(0, ...ends);
-    const x = (value) => left + ((value - low) / (high - low)) * (width - left - right);
     const svg = drawing(parent, width, bottom + 48, `${chosen.finding}. ${rows.length} methods.`);
+    const bold = { class: "strong number" };
+    const left = narrow ? 8 : widest(svg, rows.map(named), bold) + 20;
+    const right = narrow ? 8 : widest(svg, rows.map((row) => figures(row.share)), bold) + 20;
+    const x = (value) => left + ((value - low) / (high - low)) * (width - left - right);
     axis(svg, marks(low, high, narrow ? 4 : 7), x, 0, bottom, "improvement over the best prompt, %", width);
     rows.forEach((row, place) => {
       const y = place * step + (narrow ? 26 : 16);
@@ -81,7 +112,7 @@
       make("rect", { x: 0, y: place * step, width, height: step, class: "hit" }, own);
       const name = narrow ? { x: 8, y: y - 10 } : { x: left - 12, y: y + 4, "text-anchor": "end" };
       const weight = row.group === "hydra" ? "strong" : "";
-      make("text", { ...name, class: weight }, own, row.method.replace(" (chosen on training users)", ""));
+      make("text", { ...name, class: weight }, own, named(row));
       const at = { x: width - 4, y: narrow ? y - 10 : y + 4, "text-anchor": "end", class: `number ${weight}` };
       make("text", at, own, figures(row.share));
       if (from !== undefined) make("line", { x1: x(from), x2: x(to), y1: y, y2: y, class: "bar" }, own);
@@ -90,20 +121,23 @@
     });
   }
 
-  /* Where a label stands that meets no other and no point; null: nowhere. */
-  function freePlace(point, length, taken, start, width, height) {
-    const tall = 14;
-    const places = [[10, 4], [-10 - length, 4], [-length / 2, -11], [-length / 2, 20], [10, -9], [10, 17]];
+  /* Put a label where it meets no other and no point, or remove it. */
+  function settle(text, point, taken, start, width, height) {
+    const box = boxOf(text);
+    const long = box.right - box.left, tall = box.bottom - box.top, low = box.bottom;
+    const middle = -long / 2, side = -tall / 2;
+    const places = [[10, side], [-10 - long, side], [middle, -9 - tall], [middle, 9], [9, -4 - tall], [9, 4],
+      [-9 - long, -4 - tall], [-9 - long, 4]];
     for (const [dx, dy] of places) {
-      const box = { left: point.x + dx, right: point.x + dx + length, top: point.y + dy - tall + 3, bottom: point.y + dy + 3 };
-      const inside = box.left >= start && box.right <= width && box.top >= 0 && box.bottom <= height;
-      const free = taken.every((other) => box.right < other.left || box.left > other.right || box.bottom < other.top || box.top > other.bottom);
-      if (inside && free) {
-        const leftwards = dx + length === -10;
-        return { box, y: box.bottom - 3, x: leftwards ? box.right : box.left, "text-anchor": leftwards ? "end" : "start" };
+      const own = { left: point.x + dx, right: point.x + dx + long, top: point.y + dy, bottom: point.y + dy + tall };
+      const within = own.left >= start && own.right <= width && own.top >= 0 && own.bottom <= height;
+      if (within && !taken.some((other) => meet(own, other))) {
+        text.setAttribute("x", own.left);
+        text.setAttribute("y", own.bottom - low);
+        return taken.push(own);
       }
     }
-    return null;
+    return text.remove();
   }
 
   function cost(parent, chosen, measure, width) {
@@ -129,14 +163,8 @@
       const own = make("g", { class: "row", style: `color:${GROUPS[row.group][1]}` }, svg);
       make("title", {}, own, `${row.method}: ${score(row.score)}, ${row.calls} calls, ${row.tokens} tokens a query`);
       make("circle", { cx: point.x, cy: point.y, r: 6, class: "full" }, own);
-      const text = row.method.replace(" (chosen on training users)", "");
-      const length = text.length * (row.group === "hydra" ? 7.2 : 6.6);
-      const place = freePlace(point, length, taken, left, width, bottom);
-      if (place) {
-        const { box, ...at } = place;
-        taken.push(box);
-        make("text", { ...at, class: row.group === "hydra" ? "strong" : "" }, own, text);
-      }
+      const label = make("text", { x: 0, y: 0, class: row.group === "hydra" ? "strong" : "" }, own, named(row));
+      settle(label, point, taken, left, width, bottom);
     }
   }
 
@@ -187,6 +215,7 @@
       if (figure.clientWidth !== width) { width = figure.clientWidth; draw(); }
     }).observe(figure);
     draw();
+    document.fonts.ready.then(draw);  // a font that comes later has other widths
   }
 
   document.querySelectorAll("figure.plots").forEach(start);

@@ -213,6 +213,8 @@ class Research(Group):
     """Labelled of training users: latest records, known queries, or queries first, then records."""
     label_order: Literal["auto", "reranker", "retriever"] = "auto"
     """Order of records in prompts of labelled candidates; auto: retriever's in runs with folds."""
+    labelling: Literal["all", "adaptive"] = "all"
+    """adaptive: queries are labelled in rounds until that does not help; of equal answers one."""
     choose: Literal["given", "auto"] = "given"
     """auto: k, temperature and number of samples by training users' queries; given: as set."""
     label_rule: Literal["above-mean", "graded", "gold-positive"] = "graded"
@@ -292,7 +294,7 @@ CHANGEABLE = {"prompt_style", "greedy_first", "parsing", "rerank", "vote_share",
 CHANGEABLE |= {"candidate_prompts", "encoder_precision"}
 _LEARNED = {"users", "labelled_users", "base_users", *Model.model_fields, *Research.model_fields}
 FIXED = frozenset(_LEARNED - CHANGEABLE)
-"""Fixed when a bundle is learned; `fit`, `ask` and `bench run` may change the others."""
+"""Fixed when a bundle is learned. `fit`, `ask`, `bench run` may change LLM calls and selection."""
 
 
 def load_settings(preset: str | None = None, file: Path | None = None, **given: Any) -> Settings:

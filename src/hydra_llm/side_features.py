@@ -92,6 +92,11 @@ class Featurizer:
             self._past[choice] = choices.past_choice(choice, self.features.texts)
         return self._past[choice]
 
+    def forget(self) -> None:
+        """Drop what was made of users' records."""
+        self._own_words.forget()
+        self._past.clear()
+
     @property
     def adapter_names(self) -> tuple[str, ...]:
         """The columns of `adapter`; `llm_` marks those that need the LLM's samples."""

@@ -249,3 +249,8 @@ class OwnWords:
         with self._lock:
             self._kept[name] = visible, counts
         return counts
+
+    def forget(self) -> None:
+        """Drop the counts, and the records that they are of."""
+        with self._lock:
+            self._kept.clear()

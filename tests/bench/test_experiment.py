@@ -28,6 +28,7 @@ from hydra_llm.config import load_settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.native import save
 from hydra_llm.errors import DataError
+from hydra_llm.llm.concurrency import PARALLEL
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.llm.registry import wrap
 from hydra_llm.tasks.base import Task
@@ -256,7 +257,7 @@ def test_estimated_minutes_are_wall_clock(tmp_path: Path) -> None:
     assert estimate_cost(experiment(TAGS, tmp_path, "zero-shot")).texts == 0  # reads nothing
     one = experiment(TAGS, tmp_path, "hydra@1,3")
     result = estimate_cost(one)
-    assert result.parallel == one.settings.concurrency
+    assert result.parallel == PARALLEL
     assert (
         0 < result.texts <= 6 * 8 * 2 + 2 * 2
     )  # records with and without their answers, and queries; what was gone through is kept

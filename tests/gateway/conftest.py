@@ -8,8 +8,10 @@ import json
 import os
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +100,9 @@ def learn_bundle(task: Task, folder: Path, outputs: Mapping[str, str] | None = N
         records = [replace(record, output=outputs[record.output]) for record in records]
     data = DataSet.from_records(task, dict.fromkeys(users, "train"), records, [])
     settings = Settings(samples=3, retrieved=4, k=2, queries_per_user=2, max_length=32, width=16)
-    learn(data, RuleLLM(anything), settings, out=folder, strengths=ONE_STRENGTH)
+    with ThreadPoolExecutor(1) as pool:  # in this thread an event loop may run: playwright's
+        own: Any = partial(learn, out=folder, strengths=ONE_STRENGTH)
+        pool.submit(own, data, RuleLLM(anything), settings).result()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -27,13 +27,21 @@ OF_USER = [
     *("/answer?id=req_{user}0", "/export", "/delete"),
 ]
 """Pages about one user."""
-OF_ADMIN = ["/activity", "/activity?span=week", "/keys", "/keys/revoke?id=x", "/jobs", "/bundle"]
+OF_ADMIN = [
+    "/activity",
+    "/activity?span=week",
+    "/keys",
+    "/keys/revoke?id={key}",
+    "/jobs",
+    "/bundle",
+]
 OF_ALL = ["", "/users", "/users?q=a", "/spend", "/spend?days=7", "/nothing"]
 WITHOUT_SIGNING = ["/sign-in", f"/{signing.SHEET_NAME}", "/icon.svg"]
 FORMS: dict[str, dict[str, str]] = {
     "/user/switch": {"enabled": "no"},
     "/user/fit": {},
     "/records/save": {"id": "r1", "input": "tea", "output": "green"},
+    "/records/switch": {"id": "r1", "enabled": "no"},
     "/records/delete": {"id": "r1"},
     "/answer": {"id": "req_{user}0", "kind": "chosen", "chosen": "1"},
     "/delete": {"confirm": "{user}"},
@@ -44,6 +52,11 @@ ADMIN_FORMS: dict[str, dict[str, str]] = {
     "/keys/revoke": {"id": "{key}"},
     "/spend": {"kind": "key", "name": "{key}", "limits": "1/day"},
 }
+
+
+def of_admin(keys: dict[str, str]) -> list[str]:
+    """Pages of administrators."""
+    return [path.replace("{key}", keys["ada"].split("-")[1]) for path in OF_ADMIN]
 
 
 def for_user(path: str, user: str) -> str:
@@ -86,7 +99,7 @@ async def test_pages_are_shown_to_whom_they_belong(either: Store) -> None:
                         assert answer.status_code == (200 if admin or user == "ada" else 403), path
                         if answer.status_code == 403:
                             assert "letters" not in answer.text
-                for path in OF_ADMIN:
+                for path in of_admin(keys):
                     assert (await visitor.get(path)).status_code == (200 if admin else 403), path
                 assert (await visitor.get("/bundle/report")).status_code == (404 if admin else 403)
                 assert (await visitor.get("")).status_code == 303
@@ -371,6 +384,10 @@ async def test_errors_are_pages_of_one_line(either: Store, caplog: Any) -> None:
             ("/users?q=%00", 400),
             ("/keys?after=1_%00", 400),
             ("/records/edit?user=ada", 400),
+            ("/records/edit?user=ada&id=feedback:none", 404),
+            ("/keys?id=none", 404),
+            ("/keys?id=%00", 404),
+            ("/keys/revoke?id=nokey", 404),
         ):
             answer = await visitor.get(path)
             assert answer.status_code == status, path

@@ -43,10 +43,7 @@ HOSTILE = (
 )
 OF_USER = ("/user", "/records", "/records?q=storm", "/records/new", "/answers", "/delete")
 ONE = ("/records/edit?id=r1", "/records/delete?id=r1", "/answer?id=req_ada0")
-OF_ADMIN = (
-    *("/activity", "/users", "/users?q=no", "/spend", "/keys", "/keys/revoke?id=x"),
-    *("/jobs", "/bundle"),
-)
+OF_ADMIN = (*("/activity", "/users", "/users?q=no", "/spend", "/keys"), *("/jobs", "/bundle"))
 HERE = "http://127.0.0.1:"
 WAIT = 250_000.0  # milliseconds, for what never comes
 IN_DOCS = ("activity", "answer-dark", "records", "spend", "user", "users-phone-dark")
@@ -222,6 +219,11 @@ def test_a_user_does_everything(site: Site, chromium: Any, tmp_path: Path) -> No
         tab.get_by_label("Answer").fill("coffee")
         tab.get_by_role("button", name="Save").click()
         assert told(tab) == "The record was changed."
+        tab.locator("main li").first.get_by_role("button", name="Switch off").click()
+        assert told(tab) == "The record is off: it is kept, and no answer uses it."
+        assert len(site.store.off_records("ada")) == 1
+        tab.locator("main li").first.get_by_role("button", name="Switch on").click()
+        assert not site.store.off_records("ada")
         tab.locator("main li").first.get_by_role("link", name="Delete").click()
         tab.get_by_role("button", name="Delete").click()
         assert told(tab) == "The record was deleted, and what was learned from it."
@@ -378,7 +380,9 @@ def test_axe_finds_nothing_and_a_phone_shows_all(
             tab.goto(f"{site.url}/sign-in")
             assert violations(tab) == []
             sign_in(tab, site, name)
-            paths = [*OF_USER, *ONE, *(OF_ADMIN if name == "admin" else ()), "/nothing"]
+            revoke = f"/keys/revoke?id={site.keys['two'].split('-')[1]}"
+            of_admin = (*OF_ADMIN, revoke) if name == "admin" else ()
+            paths = [*OF_USER, *ONE, *of_admin, "/nothing"]
             for path in paths:
                 user = "" if path in OF_ADMIN else f"{'&' if '?' in path else '?'}user=ada"
                 tab.goto(f"{site.url}{path}{user}")

@@ -687,6 +687,7 @@ ENDPOINTS = [
     ("GET", "/v1/spend?user={user}&by=day,model", None),
     ("GET", "/v1/users/{user}", None),
     ("GET", "/v1/users/{user}/records", None),
+    ("PUT", "/v1/users/{user}/records/r1/personalization", {"enabled": False}),
     ("DELETE", "/v1/users/{user}/records/r1", None),
     ("POST", "/v1/feedback", {"request_id": "req_{user}", "rejected": True}),
     ("POST", "/v1/users/{user}/fit", None),
@@ -1070,12 +1071,12 @@ async def test_samples_that_are_refused_are_asked_for_otherwise(
         assert not any("n" in body for body in world.upstream.bodies)
 
 
-def test_a_steady_caller_is_not_starved() -> None:
+def test_a_steady_caller_is_not_starved(store: Store) -> None:
     from hydra_llm.gateway.middleware import RateLimiter
     from hydra_llm.gateway.schemas import ApiError
 
     now = 0.0
-    rates, let_in, waits = RateLimiter(60, clock=lambda: now), 0, set()
+    rates, let_in, waits = RateLimiter(store, 60, clock=lambda: now), 0, set()
     for _ in range(600):  # two a second for five minutes, where one is allowed
         now += 0.5
         try:

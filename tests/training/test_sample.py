@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +114,11 @@ def test_users_fitted_some_at_a_time_get_the_same_heads(monkeypatch: pytest.Monk
     bundle = learn(data, settings=settings(), strengths=ONE_STRENGTH).bundle
     names = data.users()
     at_once = fit(data, bundle, users=names)
-    monkeypatch.setattr(work, "CHUNK_USERS", 3)
+    monkeypatch.setattr(work, "blocks", partial(work.blocks, most=3 * RECORDS))
     told = list[tuple[str, int, int]]()
     apart = fit(data, bundle, users=names, progress=lambda *step: told.append(step))
     same_heads(at_once.bundle, apart.bundle, names, tolerance=1e-5)
-    assert [step for step in told if step[0] == "fit heads"][-1] == ("fit heads", 14, 14)
+    assert [step for step in told if step[0] == "fit adapter"][-1] == ("fit adapter", 14, 14)
     stages = [own.stages["fit adapter"].users for own in (at_once, apart)]
     assert stages == [len(names)] * 2
 
@@ -128,8 +129,9 @@ def test_neither_learning_nor_fitting_holds_all_histories(
 ) -> None:
     """Of 60 users' records, those of a few users are alive at any time."""
     monkeypatch.setattr(rows, "LATEST", 2)
-    for module in (work, api):
-        monkeypatch.setattr(module, "CHUNK_USERS", 4)
+    monkeypatch.setattr(api, "LATEST", 2)
+    few_records = partial(work.blocks, most=4 * RECORDS)
+    monkeypatch.setattr(work, "blocks", few_records)
     save(made(60), tmp_path / "data")
     most = 0
 
@@ -193,7 +195,7 @@ from pathlib import Path
 from tests.training import test_sample as own
 from hydra_llm.datasets.native import load
 from hydra_llm.training import resume, work
-work.CHUNK_USERS, resume.SECONDS = 2, 0.0
+work.blocks, resume.SECONDS = own.partial(work.blocks, most=2 * own.RECORDS), 0.0
 told = Path(sys.argv[3])
 def progress(stage, done, total):
     with told.open("a") as file:
@@ -211,7 +213,7 @@ def test_a_killed_learn_goes_on_and_gives_the_same_bundle(tmp_path: Path) -> Non
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "data")]
     places = [str(told), str(tmp_path / "cache")]
     child = subprocess.Popen([*command, str(folder), *places])
-    while "fit heads 9" not in (told.read_text() if told.exists() else ""):
+    while "fit heads 4" not in (told.read_text() if told.exists() else ""):
         assert child.poll() is None, "it ended before it could be killed"
         time.sleep(0.002)
     child.send_signal(signal.SIGKILL)

@@ -44,7 +44,7 @@ def serve(
 
     HYDRA_ADMIN_KEY is a key for all users; else `hydra-llm keys create` makes keys.
     """
-    from hydra_llm.gateway.auth import Access, admin_key_given
+    from hydra_llm.gateway.auth import SAFE_KEY, Access, admin_key_given
     from hydra_llm.gateway.middleware import is_local
     from hydra_llm.gateway.request_log import logging_to_stderr
     from hydra_llm.gateway.server import Service, Workers, check_tls, run_app
@@ -58,6 +58,9 @@ def serve(
     if settings.traces == "otlp":
         require("otel", "traces=otlp")
     admin_key = admin_key_given()
+    if 0 < len(admin_key) < SAFE_KEY:
+        fix = "take a random one, as of `openssl rand -hex 32`"
+        console.say(f"warning: HYDRA_ADMIN_KEY has fewer than {SAFE_KEY} characters: {fix}")
     listening = bound(host, port)  # before anything is loaded: the port may be taken
     name = f"[{host}]" if ":" in host else host
     # Whoever reaches a proxy reaches the server behind it.

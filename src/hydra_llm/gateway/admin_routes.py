@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 
 from hydra_llm.gateway.activity import ACTIVITY_DAYS, HOUR
-from hydra_llm.gateway.auth import make_key
+from hydra_llm.gateway.auth import WITHOUT_KEYS, make_key
 from hydra_llm.gateway.drift import drift_of
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.schemas import MAX_ID, ApiError, Id, KeyIn, id_fault
@@ -25,6 +25,11 @@ def create_key(sent: KeyIn, http: Request) -> dict[str, Any]:
     gateway = gateway_of_admin(http)
     if bool(sent.users) == sent.admin:
         raise ApiError(400, "name the key's users, or make it an administrator's", param="users")
+    if http.state.caller is WITHOUT_KEYS and not sent.admin:
+        message = (
+            "make an administrator's key first: with this one alone nobody could make more here"
+        )
+        raise ApiError(400, message, param="admin")
     if sent.label and (fault := text_fault(sent.label)):
         raise ApiError(400, f"label {fault}", param="label")
     users = list(dict.fromkeys(sent.users))

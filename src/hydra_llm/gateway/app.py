@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 from anyio.to_thread import run_sync
@@ -23,6 +24,7 @@ from hydra_llm.gateway import (
     mcp_routes,
     message_routes,
     openai_routes,
+    record_routes,
     response_routes,
     spend_routes,
     user_routes,
@@ -44,9 +46,10 @@ from hydra_llm.gateway.upstream import Upstream
 from hydra_llm.gateway.user_cache import TimedReads
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.prices import load_prices
+from hydra_llm.store.removals import Listener
 from hydra_llm.store.store import Store
 
-WATCH_SECONDS = 1.0
+WATCH_SECONDS = 0.5  # so that a deletion reaches every server within a second
 PRUNE_SECONDS = 600.0
 COUNT_SECONDS = 10.0
 DAY = 86400.0
@@ -84,8 +87,8 @@ def make_app(
     app.state.worker = Worker(store, lambda: gateway.deployment, llm, ledger)
     app.state.embedder = Embedder()
     _add_dashboard(app, gateway, access or Access())
-    routes = (openai_routes, response_routes, message_routes, user_routes, admin_routes)
-    for module in (*routes, spend_routes, mcp_routes, health, forward):  # the last takes the rest
+    about_users = (record_routes, user_routes, admin_routes, spend_routes, mcp_routes, health)
+    for module in (openai_routes, response_routes, message_routes, *about_users, forward):
         app.include_router(module.router)
     for kind in ERRORS:
         app.add_exception_handler(kind, error_response)
@@ -123,7 +126,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     worker.thread.start()
     work = (_watch, _prune, _flush, _count)
     tasks = [asyncio.create_task(do(gateway)) for do in work]
+    loop = asyncio.get_running_loop()
+    listener = Listener(gateway.store, partial(loop.call_soon_threadsafe, gateway.told.set))
     yield
+    await run_sync(listener.close)
     for task in tasks:
         task.cancel()
     await run_sync(worker.close)
@@ -135,23 +141,37 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _watch(gateway: Gateway) -> None:
-    """Switch to the bundle that the store names; requests in flight end with their own."""
-    store, reads, settings = gateway.store, gateway.reads, gateway.settings
+    """Look at what the store tells all servers, every `WATCH_SECONDS` and when it says so: forget
+    what others have deleted, and switch to the bundle that it names.
+    """
+    seen = None
     while True:
-        await asyncio.sleep(WATCH_SECONDS)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(gateway.told.wait(), WATCH_SECONDS)
+        gateway.told.clear()
+        part = "bundle"
         try:
-            active = await reads.read(store.bundle)
-            if active is not None and active != gateway.active_bundle:
-                old = gateway.deployment
-                folder, here = folder_of(active), old.pipeline.settings
-                new = await run_sync(open_deployment, store, reads, folder, settings, here)
-                gateway.deployment, gateway.active_bundle = new, active
-                log.info("bundle %s is in use", new.id[:12])
-                wait = settings.deadline + settings.upstream_timeout
-                close = threading.Thread(target=old.batcher.close)
-                asyncio.get_running_loop().call_later(wait, close.start)
-        except Exception as error:  # tried again: its files may still be under way
-            gateway.telemetry.failed("bundle", error)
+            watched = await gateway.reads.read(gateway.store.watched)
+            if watched.removal != seen:
+                part = "removal"
+                await gateway.deployment.forget_removed()
+                seen, part = watched.removal, "bundle"
+            if watched.bundle not in (None, gateway.active_bundle):
+                await _switch(gateway, str(watched.bundle))
+        except Exception as error:  # tried again: a bundle's files may still be under way
+            gateway.telemetry.failed(part, error)
+
+
+async def _switch(gateway: Gateway, active: str) -> None:
+    """Answer with another bundle; requests in flight end with their own."""
+    store, settings, old = gateway.store, gateway.settings, gateway.deployment
+    folder, here = folder_of(active), old.pipeline.settings
+    new = await run_sync(open_deployment, store, gateway.reads, folder, settings, here)
+    gateway.deployment, gateway.active_bundle = new, active
+    log.info("bundle %s is in use", new.id[:12])
+    wait = settings.deadline + settings.upstream_timeout
+    close = threading.Thread(target=old.batcher.close)
+    asyncio.get_running_loop().call_later(wait, close.start)
 
 
 async def _count(gateway: Gateway) -> None:

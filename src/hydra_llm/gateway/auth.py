@@ -15,7 +15,7 @@ from hydra_llm.store.store import Store
 from hydra_llm.store.values import Key
 
 PREFIX = "hk"
-LEAST_KEY = 16  # characters of HYDRA_ADMIN_KEY
+LEAST_KEY, SAFE_KEY = 16, 32  # characters of HYDRA_ADMIN_KEY
 NO_HASH = hashlib.sha256(b"").hexdigest()
 
 

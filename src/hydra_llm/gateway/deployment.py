@@ -104,22 +104,35 @@ class Deployment:
                     await run_sync(write, user, texts)
                     start += RECORDS_AT_ONCE
 
-    async def forget(self, user: str) -> None:
-        """Drop what is in memory of a user. When this returns, nothing more of the user is encoded,
-        and what the scoring thread had begun is done.
+    async def forget(self, *users: str) -> None:
+        """Drop what is in memory of users. When this returns, nothing more of them is encoded, and
+        what the scoring thread had begun is done.
         """
-        if task := self.prefetching.get(user):
-            task.cancel()
-            await asyncio.wait({task})  # then what it had in the queue is cancelled too
-        await self.batcher.run(partial(self.drop, user), user="")
+        if tasks := {self.prefetching[user] for user in users if user in self.prefetching}:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)  # then what they had in the queue is cancelled too
+        await self.batcher.run(partial(self.drop, *users), user="")
 
-    def drop(self, user: str) -> None:
-        """Drop a user from memory, and every index, as none says whose it is (scoring thread)."""
-        self.users.drop(user)
+    def drop(self, *users: str) -> None:
+        """Drop users from memory, and every index, as none says whose it is (scoring thread)."""
+        self.users.drop(*users)
         others = (own.retriever for own in self.pipeline.beside)
-        for part in (self.pipeline.retriever, *others, self.words, self.pipeline.gate):
+        learned = self.bundle.featurizer if self.bundle else None
+        for part in (self.pipeline.retriever, *others, self.words, self.pipeline.gate, learned):
             if isinstance(part, Forgetful):
                 part.forget()
+
+    async def forget_removed(self) -> None:
+        """Drop from memory whom another server has deleted or changed, and the features of texts
+        that nobody has any more.
+        """
+        stale = await self.reads.read(self.users.stale)
+        await self.forget(*(user.name for user in stale))
+        if self.features:
+            self.features.forget_passing()  # what deleted users have asked, and got
+        if texts := [text for user in stale for text in texts_of(user.records)]:
+            await run_sync(self.forget_texts, texts)
 
     def forget_texts(self, texts: Sequence[str], *, but: str | None = None) -> int:
         """Delete features of texts that only `but` has, if anyone: how many; else `UserFault`."""

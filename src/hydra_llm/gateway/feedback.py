@@ -47,7 +47,7 @@ async def take_feedback(gateway: Gateway, given: FeedbackIn, request: Request) -
         judged, heads = await feedback.deployment.batcher.run(
             learn, user=request.user, texts=lambda: texts
         )
-        has_room = len(state.user.records) < gateway.settings.max_records
+        has_room = len(state.user.records) + state.off < gateway.settings.max_records
         record = feedback.record if has_room or state.replaced else None
         try:
             fresh = await run_sync(feedback.write, state, judged, record, heads)
@@ -113,6 +113,8 @@ class _State:
     earlier: list[StoredFeedback]  # which these heads have not learned
     replaced: Record | None  # what earlier feedback on the same answer became
     relearn: bool  # whether a head has learned that
+    off: int  # how many records are switched off, and so not among the user's
+    is_off: bool  # whether what it replaces is one of them: then no head learns from it
 
 
 @dataclass(frozen=True)
@@ -136,12 +138,12 @@ class _Feedback:
         read = partial(store.unlearned_feedback, name, FEEDBACK_WINDOW, bundle=bundle)
         earlier, heads = read(), from_stored(store.heads(name, bundle))
         own = record_id(self.request)
-        replaced = next((record for record in user.records if record.id == own), None)
-        known = any(feedback.request == self.request.id for feedback in earlier)
+        replaced, off = store.some_records(name, [own]).get(own), store.off_records(name)
+        known = own in off or any(feedback.request == self.request.id for feedback in earlier)
         relearn = replaced is not None and not known
         if relearn:
             earlier, heads = read(or_learned=True), {}
-        return _State(replace(user, heads=heads), earlier, replaced, relearn)
+        return _State(replace(user, heads=heads), earlier, replaced, relearn, len(off), own in off)
 
     def write(
         self, state: _State, judged: StoredFeedback, record: Record | None, heads: Heads
@@ -177,7 +179,8 @@ class _Feedback:
         judged = StoredFeedback(self.request.id, self.request.created, content)
         others = [feedback for feedback in state.earlier if feedback.request != judged.request]
         replaces = len(others) < len(state.earlier)
-        if bundle is None or not (group or replaces):
+        stays_off = state.is_off and self.record is not None
+        if bundle is None or stays_off or not (group or replaces):
             return judged, {}
         return judged, heads_after(bundle, user.name, user.heads, [*others, judged])
 

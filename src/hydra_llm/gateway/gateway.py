@@ -3,6 +3,7 @@ A part that fails is left out and counted, and never costs the caller an answer:
 passed through, the retriever's order is kept, or the first choice is the answer.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
@@ -64,6 +65,7 @@ class Gateway:
 
     def __post_init__(self) -> None:
         self.salt = self.store.salt()  # of pseudonyms
+        self.told = asyncio.Event()  # the store tells of something that `app._watch` looks at
         self.limits = Limits(self.store, self.settings.key_limits, self.settings.user_limits)
         self._sampler = CandidateSampler(self.telemetry, self.settings.deadline)
 

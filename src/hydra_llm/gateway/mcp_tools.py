@@ -1,5 +1,6 @@
-"""The tools of the MCP server: each calls the function of an endpoint (user_routes.py), so that
-checks, limits and what follows a change are the same. Knows no protocol (mcp_routes.py).
+"""The tools of the MCP server: each calls the function of an endpoint (record_routes.py,
+user_routes.py), so that checks, limits and what follows a change are the same. Knows no protocol
+(mcp_routes.py).
 
 A docstring is the description by which an assistant chooses the tool. No tool takes a user: that is
 the request's, whatever a model has read somewhere.
@@ -16,7 +17,7 @@ from anyio.to_thread import run_sync
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from hydra_llm.gateway import user_routes
+from hydra_llm.gateway import record_routes, user_routes
 from hydra_llm.gateway.schemas import FeedbackIn, Id, RecordIn, RecordsIn, SearchIn, Time
 
 Result = dict[str, Any]
@@ -76,13 +77,15 @@ class AnswersIn(_Arguments):
 
 async def search_records(user: str, given: SearchIn, http: Request) -> Result:
     """Find the user's records that fit a question best, best first."""
-    found = await user_routes.search(user, given, http)
+    found = await record_routes.search(user, given, http)
     return {"records": found["data"]}
 
 
 async def list_records(user: str, given: ListIn, http: Request) -> Result:
-    """List the user's records, newest first; `total` is how many there are."""
-    records = await run_sync(user_routes.listed_records, user, http)
+    """List the user's records, newest first; `total` is how many there are. Those with `enabled`
+    false are in no answer.
+    """
+    records = await run_sync(record_routes.listed_records, user, http)
     newest_first = records[::-1]
     return {"records": newest_first[given.skip :][: given.limit], "total": len(records)}
 
@@ -92,13 +95,13 @@ async def add_records(user: str, given: AddIn, http: Request) -> Result:
     nothing; one with a known id replaces it. The next personalized answer sees them.
     """
     records = [record.as_sent() for record in given.records]
-    counts = await user_routes.add_records(user, RecordsIn(records=records), http)
+    counts = await record_routes.add_records(user, RecordsIn(records=records), http)
     return {**counts, "ids": [record.id for record in records]}
 
 
 async def delete_record(user: str, given: DeleteIn, http: Request) -> Result:
     """Delete one record of the user, and what was learned from it. It cannot be undone."""
-    return await user_routes.delete_record(user, given.id, http)
+    return await record_routes.delete_record(user, given.id, http)
 
 
 async def describe_user(user: str, given: NoArguments, http: Request) -> Result:

@@ -4,6 +4,7 @@ import hashlib
 import ipaddress
 import math
 import string
+import threading
 import time
 import traceback
 from collections.abc import Callable, Collection
@@ -26,6 +27,7 @@ from hydra_llm.gateway.messages import error_body
 from hydra_llm.gateway.schemas import ApiError, Json
 from hydra_llm.gateway.spend import Bill, paying
 from hydra_llm.gateway.telemetry import log
+from hydra_llm.store.store import Store
 
 OPEN_PATHS = ("/health/", "/metrics", "/docs", "/openapi.json")  # need no key
 UPSTREAM_PATHS = (
@@ -35,6 +37,7 @@ UPSTREAM_PATHS = (
 MCP_PATH = "/mcp"
 DASHBOARD = "/ui"  # has sessions in place of keys (ui/session.py)
 KNOWN_SECONDS = 300.0  # how long a caller is known while the store is down
+TAKEN_SECONDS = 1.0  # how long requests that were taken from the store's bucket may be used
 KNOWN_CALLERS, LIMITED_KEYS = 10_000, 100_000  # cache sizes; the oldest go first
 ERRORS = (ApiError, HydraError, RequestValidationError, HTTPException)
 """What routes raise on purpose, for `error_response`."""
@@ -54,7 +57,9 @@ class AccessMiddleware:
     def __init__(self, app: ASGIApp, *, gateway: Gateway, access: Access):
         self._app, self._gateway, self._telemetry = app, gateway, gateway.telemetry
         self._find = partial(caller_of, gateway.store, access=access)
-        self._rates = RateLimiter(gateway.settings.requests_per_minute)
+        self._rates = RateLimiter(gateway.store, gateway.settings.requests_per_minute)
+        most = gateway.settings.wrong_keys_per_minute
+        self._wrong_keys = WrongKeys(most)
         self._known_callers: TTLCache[bytes, Caller] = TTLCache(KNOWN_CALLERS, KNOWN_SECONDS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -140,19 +145,30 @@ class AccessMiddleware:
                 raise StoreError("it is unknown whether a key is needed by now") from None
         except ApiError:
             self._known_callers.pop(digest, None)
+            if authorization:  # a right key still passes: its client may share the address
+                self._wrong_keys.check(address_of(scope))
             raise
         keyless = caller in (WITHOUT_KEYS, UNVERIFIED)
         if keyless or get_route_path(scope) == MCP_PATH:
             check_origin(scope, self._gateway.settings.cors_origins, keyless)
-        self._rates.check(caller.key)
+        await self._check_rate(caller.key)
         scope.setdefault("state", {})["caller"] = caller
+
+    async def _check_rate(self, key: str) -> None:
+        if not self._rates.passes(key):
+            try:
+                await self._gateway.reads.read(partial(self._rates.check, key))
+            except StoreError as error:  # without the store nothing is refused
+                self._telemetry.failed("rates", error)
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
         most, seen = self._gateway.settings.max_body_bytes, 0
         too_large = f"the body has more than {most} bytes"
         length = dict(scope["headers"]).get(b"content-length", b"")
         if length.isdigit() and int(length) > most:
-            raise ApiError(413, too_large, code="body_too_large")
+            if not self._is_open(get_route_path(scope)):
+                raise ApiError(413, too_large, code="body_too_large")
+            seen = most  # the route that reads it says so: a page, if it is one
 
         async def counted() -> Message:
             nonlocal seen
@@ -214,24 +230,83 @@ def is_local(url: str) -> bool:
     return False
 
 
+def address_of(scope: Scope) -> str:
+    """Whose wrong keys are counted together: the client's address, behind a `proxy` the one that it
+    tells; of IPv6 the network, of which one client may have all addresses.
+    """
+    client = scope.get("client")
+    try:
+        address = ipaddress.ip_address(client[0].partition("%")[0] if client else "")
+    except ValueError:
+        return ""
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is None:
+            return str(ipaddress.ip_network((address, 64), strict=False))
+        address = address.ipv4_mapped
+    return str(address)
+
+
 class RateLimiter:
-    """A limit of requests per minute for each key: a token bucket."""
+    """A limit of requests per minute for each key: a token bucket in the store, from which a server
+    takes what fills in a second at once. What it does not use in a second is lost.
+    """
+
+    def __init__(
+        self, store: Store, per_minute: int | None, clock: Callable[[], float] = time.time
+    ):
+        self._store, self._per_minute, self._clock = store, per_minute, clock
+        self._taken: LRUCache[str, tuple[int, float]] = LRUCache(LIMITED_KEYS)  # and until when
+        self._lock = threading.Lock()
+
+    def passes(self, key: str) -> bool:
+        """Count a request, if that needs no store; else it has to `check`."""
+        if self._per_minute is None:
+            return True
+        with self._lock:
+            left, until = self._taken.get(key, (0, 0.0))
+            passes = left > 0 and self._clock() < until
+            if passes:
+                self._taken[key] = left - 1, until
+        return passes
+
+    def check(self, key: str) -> None:
+        """Count a request; raises `ApiError` 429 where there are too many. Blocks."""
+        if self._per_minute is None or self.passes(key):
+            return
+        now, count = self._clock(), max(1, self._per_minute // 60)
+        taken, wait = self._store.take_requests(key, self._per_minute, count, now)
+        if not taken:
+            headers = {"retry-after": str(math.ceil(wait))}
+            message = f"more than {self._per_minute} requests a minute"
+            raise ApiError(429, message, code="rate_limit_exceeded", headers=headers)
+        with self._lock:
+            left, until = self._taken.get(key, (0, 0.0))
+            self._taken[key] = (left if now < until else 0) + taken - 1, now + TAKEN_SECONDS
+
+
+class WrongKeys:
+    """A limit per minute of wrong keys for each address, counted by this process alone: a token
+    bucket. Any thread may call.
+    """
 
     def __init__(self, per_minute: int | None, clock: Callable[[], float] = time.monotonic):
         self._per_minute, self._clock = per_minute, clock
         self._left: LRUCache[str, tuple[float, float]] = LRUCache(LIMITED_KEYS)
+        self._lock = threading.Lock()
 
-    def check(self, key: str) -> None:
-        """Count a request; raises `ApiError` 429 where there are too many."""
+    def check(self, address: str, *, count: bool = True) -> None:
+        """Count a wrong key, unless not `count`; `ApiError` 429 where there were too many."""
         if self._per_minute is None:
             return
         now = self._clock()
-        left, since = self._left.get(key, (float(self._per_minute), now))
-        left = min(float(self._per_minute), left + (now - since) * self._per_minute / 60)
-        self._left[key] = (left - 1 if left >= 1 else left, now)
+        with self._lock:
+            left, since = self._left.get(address, (float(self._per_minute), now))
+            left = min(float(self._per_minute), left + (now - since) * self._per_minute / 60)
+            if count:
+                self._left[address] = (left - 1 if left >= 1 else left, now)
         if left < 1:
             wait = {"retry-after": str(math.ceil((1 - left) * 60 / self._per_minute))}
-            message = f"more than {self._per_minute} requests a minute"
+            message = f"more than {self._per_minute} wrong keys a minute"
             raise ApiError(429, message, code="rate_limit_exceeded", headers=wait)
 
 

@@ -27,6 +27,7 @@ from hydra_llm.llm.wire import content_fault
 from hydra_llm.text import json_text, text_fault
 
 MAX_ID = 200  # characters
+MAX_NUMBER = 2**63 - 1  # that a database can hold, or compare with
 NOT_IN_IDS = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, surrogates, line separators
 
 
@@ -200,6 +201,7 @@ class RecordIn(_Strict):
     input: str
     output: str
     time: Time = ""
+    enabled: Annotated[bool, Field(strict=True)] | None = None  # None: as it is, or true
 
 
 class RecordsIn(_Strict):
@@ -216,7 +218,7 @@ class SearchIn(_Strict):
 
 
 class SwitchIn(_Strict):
-    """Whether a user's answers are to be personal."""
+    """Whether a user's answers are to be personal, or a record is to be used."""
 
     enabled: Annotated[bool, Field(strict=True)]
 

@@ -8,9 +8,10 @@ the retries, except of a request on a kept connection that the endpoint was clos
 import json
 import string
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from secrets import token_hex
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, quote, unquote_plus, urlsplit
@@ -29,7 +30,11 @@ from hydra_llm.llm.wire import WireError, error_in, failure, json_of, tokens_of
 Transport = httpx2.AsyncBaseTransport
 Body = Mapping[str, Any]
 AS_JSON = {"content-type": "application/json"}
-LIMITS = httpx2.Limits(max_connections=1000, max_keepalive_connections=200, keepalive_expiry=4.0)
+AT_ONCE, MOST_POOLS = 8, 125
+"""Requests of one pool of connections, and pools: a pool looks at each of its connections, by calls
+of the system, twice a request.
+"""
+LIMITS = httpx2.Limits(max_connections=AT_ONCE, keepalive_expiry=4.0)
 """An idle connection is closed before common servers do, which might have a request on its way."""
 # How a request ends on a connection that the endpoint is about to close.
 CUT = (httpx2.ReadError, httpx2.WriteError, httpx2.RemoteProtocolError)
@@ -107,6 +112,34 @@ class Upstream(Protocol):
     async def aclose(self) -> None: ...
 
 
+class Pools:
+    """HTTP clients of one endpoint: the first that has fewer than `AT_ONCE` requests sends the
+    next, so that few requests use few connections again and again.
+    """
+
+    def __init__(self, make: Callable[[], httpx2.AsyncClient]):
+        self._make, self._clients, self._busy = make, [make()], [0]
+
+    @contextmanager
+    def client(self) -> Iterator[httpx2.AsyncClient]:
+        """A client for one request."""
+        place = next((i for i, busy in enumerate(self._busy) if busy < AT_ONCE), len(self._busy))
+        if place == MOST_POOLS:
+            place = self._busy.index(min(self._busy))
+        elif place == len(self._busy):
+            self._clients.append(self._make())
+            self._busy.append(0)
+        self._busy[place] += 1
+        try:
+            yield self._clients[place]
+        finally:
+            self._busy[place] -= 1
+
+    async def aclose(self) -> None:
+        for client in self._clients:
+            await client.aclose()
+
+
 class HttpUpstream:
     """An OpenAI-compatible endpoint."""
 
@@ -121,11 +154,15 @@ class HttpUpstream:
         self.limit_name = "max_completion_tokens" if is_openai else "max_tokens"
         """The field that limits an answer: new models of OpenAI refuse the one that others know."""
         with http_client_faults():
-            self._client = httpx2.AsyncClient(timeout=timeout, transport=transport, **options)
+            options["verify"] = httpx2.create_ssl_context()  # read once for all pools
+            self._pools = Pools(
+                partial(httpx2.AsyncClient, timeout=timeout, transport=transport, **options)
+            )
 
     async def complete(self, body: Body) -> Any:
         answer = await self._send("chat/completions", body)
-        return {"id": f"chatcmpl-{token_hex(12)}", "model": body.get("model"), **answer}
+        named = {} if "id" in answer else {"id": f"chatcmpl-{token_hex(12)}"}
+        return {**named, "model": body.get("model"), **answer}
 
     async def stream(self, body: Body) -> AsyncIterator[bytes]:
         """Whole events, as they come. An error among them is raised."""
@@ -199,7 +236,7 @@ class HttpUpstream:
         return quote(whole, safe=string.punctuation)
 
     async def aclose(self) -> None:
-        await self._client.aclose()
+        await self._pools.aclose()
 
     @asynccontextmanager
     async def _answering(
@@ -215,25 +252,26 @@ class HttpUpstream:
         the endpoint may have closed an idle connection while the request was on its way.
         """
         try:
-            sent = {**headers, **outgoing.get()}
-            request = self._client.build_request(method, path, content=content, headers=sent)
-            if query:
-                request.url = request.url.copy_with(query=query.encode())
-            try:
-                response = await self._client.send(request, stream=True)
-            except CUT:
-                if not isinstance(content, str | bytes | None):
-                    raise  # what was streamed is gone
-                response = await self._client.send(request, stream=True)
-            try:
-                note(upstream=response.status_code)
-                if 300 <= response.status_code < 400:  # not followed with a user's texts
-                    raise UpstreamError(502, "the upstream answered with a redirect")
-                if response.status_code >= 400:
-                    self._read(response, await response.aread())
-                yield response
-            finally:
-                await response.aclose()
+            with self._pools.client() as client:
+                sent = {**headers, **outgoing.get()}
+                request = client.build_request(method, path, content=content, headers=sent)
+                if query:
+                    request.url = request.url.copy_with(query=query.encode())
+                try:
+                    response = await client.send(request, stream=True)
+                except CUT:
+                    if not isinstance(content, str | bytes | None):
+                        raise  # what was streamed is gone
+                    response = await client.send(request, stream=True)
+                try:
+                    note(upstream=response.status_code)
+                    if 300 <= response.status_code < 400:  # not followed with a user's texts
+                        raise UpstreamError(502, "the upstream answered with a redirect")
+                    if response.status_code >= 400:
+                        self._read(response, await response.aread())
+                    yield response
+                finally:
+                    await response.aclose()
         except httpx2.TimeoutException:
             raise UpstreamError(504, "the upstream did not answer in time") from None
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
@@ -248,7 +286,7 @@ class HttpUpstream:
     def _read(self, response: httpx2.Response, content: bytes, needs: str = "choices") -> Any:
         """The JSON of an answer; raises the error that it tells, or that it is."""
         body = json_of(content)
-        if error := failure(response.status_code, content, needs=needs):
+        if error := failure(response.status_code, content, needs=needs, body=body):
             raise UpstreamError.of(error, self.endpoint, response.headers, body)
         return body
 

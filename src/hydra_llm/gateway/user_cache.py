@@ -107,12 +107,20 @@ class UserCache:
                 self._recent[name] = user
         return user
 
-    def drop(self, name: str) -> None:
-        """Forget a user."""
+    def stale(self) -> list[UserSnapshot]:
+        """Those in memory who are not so in the store any more."""
+        with self._lock:
+            held = list(self._recent.values())
+        versions = self._store.versions([user.name for user in held])
+        return [user for user in held if versions.get(user.name) != user.version]
+
+    def drop(self, *names: str) -> None:
+        """Forget users."""
         with self._lock:
             self._dropped += 1
-            self._recent.pop(name, None)
-            self._encoded.pop(name, None)
+            for name in names:
+                self._recent.pop(name, None)
+                self._encoded.pop(name, None)
 
     def is_warm(self, user: UserSnapshot, records: Sequence[Record]) -> bool:
         """Whether these records have been encoded, so that scoring need not wait for that."""

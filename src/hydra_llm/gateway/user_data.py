@@ -57,7 +57,7 @@ def import_users(
     for done, (user, records) in enumerate(histories.items()):
         report("import", done, len(histories))
         ids = {record.id for record in records}
-        present = store.records(user)[1] if replace else []
+        present = store.records(user, off_too=True)[1] if replace else []
         gone = [record for record in present if record.id not in ids]
         with store.change(user, create=True) as change:
             for record in gone:
@@ -91,7 +91,7 @@ def delete_user(store: Store, user: str, forget: Forget) -> tuple[dict[str, int]
 
 def _texts(store: Store, user: str) -> tuple[int | None, list[str]]:
     """Every text of which there may be features, as of a version of the user."""
-    version, records = store.records(user)
+    version, records = store.records(user, off_too=True)
     texts = texts_of(records)
     kept = store.export_user(user) or {"requests": [], "feedback": []}
     for row in kept["requests"]:

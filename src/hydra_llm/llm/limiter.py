@@ -25,6 +25,7 @@ STEP = 1.5  # how much larger a number must be than the one it is compared with
 ADDED, QUEUED = 1 / 3, 2 / 3  # share of added load that became waiting: little, and too much
 HELPED = 0.8  # halving has helped if answers take at most this share of what they took
 OVERLOADED = (429, 503, 529)
+MOST_HOLDS = 16  # rounds
 LONGEST_WAIT = 120.0  # seconds; where an endpoint asks for more, its error is told (as by the SDK)
 FIRST_WAIT, MOST_WAIT = 0.5, 8.0  # seconds, doubled each time, where it asks for none
 
@@ -116,6 +117,8 @@ class Pace:
     _base: tuple[int, float] | None = None  # a limit, and the mean seconds of its answers
     _before: tuple[int, float] | None = None  # the same, before it was halved for its latency
     _refused: int = 0  # the limit at which the endpoint had too much to do last, 0: none yet
+    _holds: int = 1  # rounds before that limit is tried again: doubled where it is refused again
+    _held: int = 0
     _overloads: int = 0  # in a row
 
     def sent(self, now: float, inside: int) -> Sent:
@@ -137,6 +140,8 @@ class Pace:
         if sent.round == self._round:  # else it was sent before the limit was lowered
             if wait is None:
                 wait = min(FIRST_WAIT * 2**self._overloads, MOST_WAIT)
+            again = self.limit == self._refused
+            self._holds, self._held = min(2 * self._holds, MOST_HOLDS) if again else 1, 0
             self._overloads, self._refused = self._overloads + 1, self.limit
             self._base = self._before = None
             self._doubles = False
@@ -168,6 +173,8 @@ class Pace:
                 self._doubles = False
         self._base = load, seconds
         more = max(1, (self._refused - 1 - self.limit) // 2)  # half of the way to what was refused
+        if self.limit + 1 == self._refused and self._held < self._holds:
+            self._held, more = self._held + 1, 0
         self._begin(self.limit * 2 if self._doubles else self.limit + more)
 
     def _begin(self, limit: int) -> None:

@@ -133,16 +133,20 @@ def json_of(content: bytes) -> Any:
         return None
 
 
-def failure(status: int, content: bytes, *, needs: str = "choices") -> WireError | None:
+def failure(
+    status: int, content: bytes, *, needs: str = "choices", body: Any = None
+) -> WireError | None:
     """What went wrong in an answer that should be a JSON object with `needs`; None if nothing. Its
-    `status` is the one that tells it best: 502 where a 200 holds nonsense.
+    `status` is the one that tells it best: 502 where a 200 holds nonsense. `body`: `json_of` the
+    content, if that is known.
     """
-    text, body = content.decode("utf-8-sig", "replace").strip(), json_of(content)
+    body = json_of(content) if body is None else body
     is_other = status < 400 and not needs and isinstance(body, Mapping)  # a model has any fields
     error = error_in({"error": body.get("error")} if is_other else body)
-    title = TITLE.search(text)
     if error is None and status < 400 and _holds(body, needs):
         return None
+    text = content.decode("utf-8-sig", "replace").strip()
+    title = TITLE.search(text)
     if error is None:
         message = "an answer without content"
         if body is not None:

@@ -83,6 +83,11 @@ class FeatureCache:
                 gone |= _delete(self._file, texts)
             return len(gone)
 
+    def forget_passing(self) -> None:
+        """Drop from memory what was encoded of texts that are not kept, such as questions."""
+        with self._lock:
+            self._passing.clear()
+
     def close(self) -> None:
         """Close the file."""
         with self._lock:

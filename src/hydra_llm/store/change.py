@@ -28,14 +28,16 @@ class NoSuchUser(StoreError):
 
 
 class UserChange:
-    """A user inside a transaction. `changed`: whether anything that answers depend on has."""
+    """A user inside a transaction. `changed`: whether anything that answers depend on has;
+    `removed`: whether something is gone that servers may have in memory.
+    """
 
     def __init__(self, connection: Connection, user: Any, name: str):
         """`user`: the locked row, or None; then raises NoSuchUser."""
         if user is None:
             raise NoSuchUser("no such user")
         self._execute, self._key, self.name = connection.execute, user.key, name
-        self.changed = False
+        self.changed = self.removed = False
 
     def add(self, records: Sequence[Record]) -> Added:
         """Add records, or replace those with a known id; of several with one id the last counts."""
@@ -58,9 +60,15 @@ class UserChange:
         for id in changed:
             self._execute(sa.update(table).where(own, table.c.id == id).values(_content(sent[id])))
         self.changed |= bool(new or changed)
+        self.removed |= bool(changed)
         before = [Record(self.name, id, known[id]["input"], known[id]["output"]) for id in changed]
         unchanged = len(sent) - len(new) - len(changed)
         return Added(len(new), len(changed), unchanged, tuple(before))
+
+    def unknown(self, ids: Iterable[str]) -> set[str]:
+        """Those of the ids that no record of the user has."""
+        wanted = set(ids)
+        return wanted - self._known(wanted).keys()
 
     def count_with(self, records: Sequence[Record]) -> int:
         """How many records the user would have with these."""
@@ -75,12 +83,27 @@ class UserChange:
         self._execute(own.values(off=off))
         self.changed = True
 
+    def switch_record(self, id: str, *, off: bool) -> bool | None:
+        """Whether answers and fits may not use a record; False if it is so already, None if there
+        is no such id. Off: heads are forgotten, and its feedback moves none until it is on again.
+        """
+        table = schema.records
+        own = (table.c.user == self._key) & (table.c.id == id)
+        was = self._execute(sa.select(table.c.off).where(own)).scalar_one_or_none()
+        if was is None or was == off:
+            return None if was is None else False
+        self._execute(sa.update(table).where(own).values(off=off))
+        if off:
+            self.forget_heads()
+        self.changed = True
+        return True
+
     def forget_heads(self) -> None:
         """Delete the user's heads, so that no feedback counts as learned."""
         self._delete(schema.heads)
         table = schema.feedback
         self._execute(sa.update(table).where(table.c.user == self._key).values(folded=False))
-        self.changed = True
+        self.changed = self.removed = True
 
     def remove(self, id: str, *, keep_feedback: bool = False) -> bool:
         """Delete a record, what it was made from unless `keep_feedback`, and the heads; False if
@@ -88,13 +111,19 @@ class UserChange:
         """
         removed = self._delete(schema.records, schema.records.c.id == id)
         if removed:
-            self.changed = True
+            self.changed = self.removed = True
             self._delete(schema.heads)
             if id.startswith(FEEDBACK_ID) and not keep_feedback:  # it would bring the record back
                 request = id.removeprefix(FEEDBACK_ID)
                 self._delete(schema.feedback, schema.feedback.c.request == request)
                 self._delete(schema.requests, schema.requests.c.id == request)
         return removed
+
+    def forget_feedback(self, ids: Iterable[str]) -> None:
+        """Delete the feedback of which these records were made: they say something else now."""
+        requests = [id.removeprefix(FEEDBACK_ID) for id in ids if id.startswith(FEEDBACK_ID)]
+        for part in in_parts(requests):
+            self._delete(schema.feedback, schema.feedback.c.request.in_(part))
 
     def put_heads(self, bundle: str, heads: Mapping[str, StoredHead]) -> None:
         """Keep the user's heads for a bundle, by scorer, in place of older ones."""

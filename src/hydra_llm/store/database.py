@@ -67,7 +67,7 @@ class Database:
 
     def rows(self, statement: sa.Select[Any]) -> Sequence[Any]:
         """The rows that one statement reads, as tuples with named fields."""
-        with self.reading() as connection:
+        with self._transaction(bare=True) as connection:  # one statement reads one moment anyway
             return connection.execute(statement).all()
 
     def run_outside_transaction(self, statement: str) -> Any:

@@ -57,6 +57,8 @@ users.append_column(Column("off", Boolean, nullable=False, server_default=sa.fal
 sa.UniqueConstraint(users.c.name)
 
 records = _of_users("records", id=Text, position=Number, input=Text, output=Text, time=Text)
+records.append_column(Column("off", Boolean, nullable=False, server_default=sa.false()))
+"""`off`: the user has switched it off: it is kept, and no answer and no fit uses it."""
 Index("ix_records_user_id", records.c.user, records.c.id, unique=True)
 Index("ix_records_user_position", records.c.user, records.c.position, unique=True)
 

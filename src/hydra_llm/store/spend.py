@@ -20,6 +20,7 @@ from hydra_llm.store.values import Limited, Spend, Spender, SpendGroup, Total
 
 COLUMNS = {"day": "day", "key": "key", "user": "name", "model": "model", "kind": "kind"}
 """What spend can be shown by → the column."""
+RATE, MICRO = "rate", 1_000_000  # the kind of totals that are buckets, in microseconds
 AMOUNTS = tuple(field.name for field in fields(Spend))
 Row = dict[str, Any]
 
@@ -92,6 +93,25 @@ class Spending(Responses):
             for row in self.rows(sa.select(*columns).where(any_of))
         }
 
+    def take_requests(self, key: str, per_minute: int, count: int, now: float) -> tuple[int, float]:
+        """Take up to `count` requests of a key's bucket, which holds `per_minute` and fills in a
+        minute: how many, and in how many seconds there will be one more. All servers share it.
+        """
+        place, table = {"kind": RATE, "name": key, "period": ""}, schema.totals
+        own = sa.and_(*(table.c[name] == value for name, value in place.items()))
+        moment, each = round(now * MICRO), 60 * MICRO / per_minute
+        with self.writing() as connection:
+            _upsert(connection, table, place, {"tokens": 0, "cost": 0})  # which locks the row
+            # A row holds the moment at which its bucket will be full.
+            kept = connection.execute(sa.select(table.c.tokens).where(own)).scalar_one()
+            full = max(kept, moment)
+            room = moment + 60 * MICRO - full
+            taken = min(count, max(0, int(room / each + 1e-6)))
+            if taken:
+                later = sa.update(table).where(own).values(tokens=full + round(taken * each))
+                connection.execute(later)
+        return taken, max(0.0, (1 + taken) * each - room) / MICRO
+
     def forget_spenders(self, before: str) -> int:
         """Make what was spent before a day nobody's, of no key; how many rows that were."""
         old = (schema.spend.c.day < before) & (
@@ -141,7 +161,7 @@ def forget_spender(connection: Connection, name: str, keys: Collection[str]) -> 
     for part in in_parts(keys):
         _make_nobodys(connection, spend.key.in_(part), lambda row: True)
         for table in (schema.totals, schema.limits):
-            rows = sa.delete(table).where(table.c.kind == "key", table.c.name.in_(part))
+            rows = sa.delete(table).where(table.c.kind.in_(("key", RATE)), table.c.name.in_(part))
             connection.execute(rows)
     return own
 

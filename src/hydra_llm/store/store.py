@@ -19,12 +19,22 @@ from sqlalchemy.engine import URL
 
 from hydra_llm.history import in_order, parse_time
 from hydra_llm.store import migrate, schema
-from hydra_llm.store.change import UserChange, check_version, known_or_new, locked_user
+from hydra_llm.store.change import FEEDBACK_ID, UserChange, check_version, known_or_new, locked_user
 from hydra_llm.store.database import in_parts, insert_new, one_line_errors
 from hydra_llm.store.pages import Pages, with_names
+from hydra_llm.store.removals import WATCHED, tell_removal
 from hydra_llm.store.sessions import Sessions
 from hydra_llm.store.spend import Spending, forget_spender
-from hydra_llm.store.values import Added, Job, Key, Request, StoredFeedback, StoredHead, UserState
+from hydra_llm.store.values import (
+    Added,
+    Job,
+    Key,
+    Request,
+    StoredFeedback,
+    StoredHead,
+    UserState,
+    Watched,
+)
 from hydra_llm.types import ARROW, UNREADABLE, Record, Span, as_one_text
 
 
@@ -50,6 +60,13 @@ class Store(Spending, Pages, Sessions):
         rows = self.rows(sa.select(version.scalar_subquery(), bundle.scalar_subquery()))
         return UserState(*rows[0])
 
+    def versions(self, names: Sequence[str]) -> dict[str, int]:
+        """The version of each of these users that is there."""
+        users = schema.users.c
+        query = sa.select(users.name, users.version)
+        parts = (self.rows(query.where(users.name.in_(part))) for part in in_parts(names))
+        return {row.name: row.version for rows in parts for row in rows}
+
     def is_off(self, name: str) -> bool:
         """Whether the user wants no personal answers; the version grows when that changes."""
         rows = self.rows(sa.select(schema.users.c.off).where(schema.users.c.name == name))
@@ -60,19 +77,28 @@ class Store(Spending, Pages, Sessions):
         query = sa.select(schema.users.c.name).order_by(schema.users.c.key)
         return [name for (name,) in self.rows(query)]
 
-    def records(self, name: str) -> tuple[int | None, list[Record]]:
-        """The user's version and its records, oldest first; (None, []) if unknown."""
+    def records(self, name: str, *, off_too: bool = False) -> tuple[int | None, list[Record]]:
+        """The user's version and its records, oldest first; (None, []) if unknown. Without
+        `off_too` those that answers and fits may use.
+        """
         users, records = schema.users.c, schema.records.c
+        own = (records.user == users.key) & (sa.true() if off_too else records.off.is_(False))
         columns = (records.id, records.input, records.output, records.time, records.position)
         query = sa.select(users.version, *columns).where(users.name == name)
-        joined = query.join_from(schema.users, schema.records, isouter=True)
+        joined = query.join_from(schema.users, schema.records, own, isouter=True)
         rows = self.rows(joined.order_by(records.position))
-        own = (
+        found = (
             Record(name, id, input, output, time, _span(time), position)
             for _, id, input, output, time, position in rows
             if id is not None
         )
-        return (rows[0].version if rows else None), in_order(own)
+        return (rows[0].version if rows else None), in_order(found)
+
+    def off_records(self, name: str) -> set[str]:
+        """The ids of the user's records that are switched off."""
+        query = sa.select(schema.records.c.id).join(schema.users)
+        rows = self.rows(query.where(schema.users.c.name == name, schema.records.c.off))
+        return {id for (id,) in rows}
 
     def heads(self, name: str, bundle: str) -> dict[str, StoredHead]:
         """The user's heads for a bundle, by scorer; empty if none was fitted."""
@@ -100,6 +126,8 @@ class Store(Spending, Pages, Sessions):
             if change.changed:
                 own = sa.update(users).where(users.c.key == user.key)
                 connection.execute(own.values(version=users.c.version + 1))
+            if change.removed:
+                tell_removal(connection)
 
     def add_records(self, name: str, records: Sequence[Record]) -> Added:
         """Add records, and the user if unknown; the same records again change nothing."""
@@ -130,6 +158,7 @@ class Store(Spending, Pages, Sessions):
                 rows = sa.delete(table).where(table.c.user == user.key)
                 counts[table.name] = connection.execute(rows).rowcount
             connection.execute(sa.delete(schema.users).where(schema.users.c.key == user.key))
+            tell_removal(connection)
         return counts
 
     def export_user(self, name: str) -> dict[str, Any] | None:
@@ -182,7 +211,8 @@ class Store(Spending, Pages, Sessions):
         or_learned: bool = False,
     ) -> list[StoredFeedback]:
         """The user's latest feedback (`count`, or all) that no fitted head has learned, in order.
-        `bundle`: only feedback of that bundle that a head can learn from (it has a group).
+        `bundle`: only feedback of that bundle that a head can learn from: it has a group, and what
+        it became is not switched off.
         `or_learned`: also what a fitted head has learned.
         """
         table = schema.feedback.c
@@ -193,6 +223,10 @@ class Store(Spending, Pages, Sessions):
         if bundle is not None:
             group = table.content["group"].as_string()
             query = query.where(table.content["bundle"].as_string() == bundle, group.is_not(None))
+            made = sa.literal(FEEDBACK_ID, sa.Text).concat(table.request)
+            off = (schema.records.c.user == schema.users.c.key) & schema.records.c.off
+            became = sa.select(schema.records.c.id).where(off, schema.records.c.id == made)
+            query = query.where(~became.correlate(schema.users, schema.feedback).exists())
         latest = query.order_by(table.created.desc(), table.request.desc()).limit(count)
         return [StoredFeedback(*row) for row in self.rows(latest)][::-1]
 
@@ -276,15 +310,15 @@ class Store(Spending, Pages, Sessions):
 
     def key(self, id: str) -> Key | None:
         """A key by its public id."""
-        return next(iter(self.keys(id)), None)
+        return next(iter(self.keys([id])), None)
 
-    def keys(self, id: str | None = None) -> list[Key]:
-        """Every key, or the one of an id; revoked ones too, oldest first."""
+    def keys(self, ids: Sequence[str] | None = None) -> list[Key]:
+        """Every key, or those of some ids; revoked ones too, oldest first."""
         keys, users = schema.keys.c, schema.key_users.c
         rows = sa.select(schema.keys).order_by(keys.created, keys.id)
         names = sa.select(schema.key_users).order_by(users.name)
-        if id is not None:
-            rows, names = rows.where(keys.id == id), names.where(users.key == id)
+        if ids is not None:
+            rows, names = rows.where(keys.id.in_(ids)), names.where(users.key.in_(ids))
         of_key = defaultdict[str, list[str]](list)
         with self.reading() as connection:
             stored = connection.execute(rows).mappings().all()
@@ -317,6 +351,13 @@ class Store(Spending, Pages, Sessions):
     def bundle(self) -> str | None:
         """The bundle that all servers use; None if none was set."""
         return self._shared("bundle")
+
+    def watched(self) -> Watched:
+        """What every server looks at all the time, in one statement."""
+        table = schema.serving.c
+        rows = self.rows(sa.select(table.name, table.value).where(table.name.in_(WATCHED)))
+        values = {row.name: row.value for row in rows}
+        return Watched(*map(values.get, WATCHED))
 
     def salt(self) -> str:
         """What names are hashed with; drawn at the first call."""

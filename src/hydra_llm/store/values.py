@@ -16,6 +16,14 @@ class UserState:
 
 
 @dataclass(frozen=True, slots=True)
+class Watched:
+    """What servers of a store watch."""
+
+    bundle: str | None  # folder of the bundle that all servers use; None: none was set
+    removal: str | None  # another text after each deletion
+
+
+@dataclass(frozen=True, slots=True)
 class UserCounts:
     """How much is kept about a user."""
 

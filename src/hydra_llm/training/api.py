@@ -28,6 +28,8 @@ from hydra_llm.llm.registry import open_llm
 from hydra_llm.model.encoder import open_encoder
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.persistence import check_place
+from hydra_llm.plugins import HEADS
+from hydra_llm.rows import LATEST
 from hydra_llm.side_features import fit_stats, texts_of_stats
 from hydra_llm.tasks.base import Task
 from hydra_llm.training.encode import STAGE, encode_ahead, encode_histories
@@ -35,7 +37,7 @@ from hydra_llm.training.labelling import asked_about
 from hydra_llm.training.learned import Learned
 from hydra_llm.training.strengths import Strengths
 from hydra_llm.training.train_scorer import silent
-from hydra_llm.training.work import CHUNK_USERS, Work
+from hydra_llm.training.work import Work
 from hydra_llm.types import Overlaid, Record
 
 T = TypeVar("T")
@@ -137,7 +139,7 @@ async def afit(
         raise UnknownUser(f"unknown user '{unknown[0]}': {known}")
     own, with_records = data.histories(names), set(data.with_records())
     lacking = _lacking(names, with_records, "have no records: they get the shared head")
-    few = dict(own) if len(own) <= CHUNK_USERS else own
+    few = dict(own) if len(own) <= LATEST else own
     given = replace(given, records=Overlaid(few, given.records))
     learned, features = Learned(given, tuple(names), notes=lacking), given.features
     features.progress = partial(progress, STAGE)
@@ -200,6 +202,11 @@ def _opened(
         raise SettingsError(f"tune_encoder needs features=cross: {fault}")
     if chosen.tune_encoder and chosen.encoder_precision not in ("auto", "fp32"):
         raise SettingsError(f"tune_encoder needs fp32, not {chosen.encoder_precision}")
+    if chosen.labelling == "adaptive" and (
+        chosen.tune_encoder or not HEADS.load(chosen.head).convex
+    ):
+        fault = "each round fits the scorer anew, which needs a convex head and a frozen encoder"
+        raise SettingsError(f"labelling=adaptive: {fault}; take labelling=all")
     data = dataset if isinstance(dataset, DataSet) else load(dataset)
     model = open_llm(llm, chosen) if isinstance(llm, str) else llm
     return chosen, data, model

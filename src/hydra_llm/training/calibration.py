@@ -4,7 +4,7 @@ groups of training users; and what learning reached on these groups.
 Letters: G groups, C candidates, X columns of a mix. Knows no texts and no LLM.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -133,6 +133,33 @@ def calibrate(scorer: Scorer, held_out: Sequence[HeldOut], report: FitReport) ->
     report.gain_first, report.gain_pick, report.gain_best = torch.cat(worth).mean(0).tolist()
 
 
+class VoteTable:
+    """Held-out groups of which the LLM labels some: what its votes are worth to the calibration."""
+
+    @torch.no_grad()
+    def __init__(self, scorer: Scorer, held_out: Sequence[HeldOut]):
+        self.mix = _Mix.of(scorer, held_out)
+        self.columns, self.users = self.mix.columns, self.mix.users
+
+    @torch.no_grad()
+    def losses(self, votes: Mapping[int, Tensor], used: Set[int]) -> Tensor:
+        """[G] losses of the groups in these places, whose votes are [C, X], calibrated on those
+        `used` of other users, with votes or without as `calibrate` decides.
+        """
+        places, mix = torch.tensor(list(votes)), self.mix
+        x = mix.x[places]
+        x[..., 1:] = torch.stack(list(votes.values())) * mix.mask[places][..., None]
+        part = mix._replace(
+            x=x,
+            target=mix.target[places],
+            mask=mix.mask[places],
+            users=[self.users[place] for place in votes],
+        )
+        known = torch.tensor([place in used for place in votes])
+        heard, alone = part.cross_fitted(known), part.without_votes().cross_fitted(known)
+        return alone if heard[known].sum() > alone[known].sum() else heard
+
+
 def expected_calibration_error(shares: Tensor, target: Tensor, bins: int = 10) -> float:
     """The mean distance between the probability of the pick and how often it is right, in bins of
     equal width of the probability (Naeini et al. 2015); shares and target [G, C].
@@ -183,17 +210,24 @@ class _Mix(NamedTuple):
         return newton_cg(problem, CALIBRATION_RIDGE)[0]
 
     def cross_fitted_loss(self) -> float:
-        """Mean loss with weights that were fitted on the other folds of users; NaN for one user."""
+        """The mean of `cross_fitted`."""
+        total = float(self.cross_fitted().double().sum())
+        return total / max(1, int((self.target.sum(-1) > 0).sum()))
+
+    def cross_fitted(self, used: Tensor | None = None) -> Tensor:
+        """[G] losses with weights fitted on the other folds of users, all of their groups or those
+        `used` [G]; NaN for one user.
+        """
         names = list(dict.fromkeys(self.users))
+        out = torch.full((len(self.users),), NAN)
         if len(names) < 2:
-            return NAN
+            return out
         fold_of = {name: index % CROSS_FIT_FOLDS for index, name in enumerate(names)}
         folds = torch.tensor([fold_of[user] for user in self.users])
-        total = 0.0
         for fold in range(min(CROSS_FIT_FOLDS, len(names))):
             own = folds == fold
-            v = self.fit(~own)
+            v = self.fit(~own if used is None else ~own & used)
             votes = self.x[own][..., 1:] @ v[1:]
             scores = self.scores[own] * (1 + v[0]).clamp_min(LEAST_SCALE) + votes
-            total += float(losses(scores, self.target[own], self.mask[own], self.loss).sum())
-        return total / max(1, int((self.target.sum(-1) > 0).sum()))
+            out[own] = losses(scores, self.target[own], self.mask[own], self.loss)
+        return out

@@ -42,6 +42,21 @@ class Collected:
     usage: Usage = Usage()
 
 
+def merged(parts: Sequence[Collected]) -> Collected:
+    """What several requests for labels gave, in their order."""
+
+    def groups(featurizer: Featurizer) -> list[LabelledGroup]:
+        return [group for part in parts for group in part.groups(featurizer)]
+
+    out = Collected(groups)
+    for part in parts:
+        out.calls += part.calls
+        out.failures += part.failures
+        out.notes += part.notes
+        out.usage += part.usage
+    return out
+
+
 @dataclass(frozen=True)
 class Asked:
     """What the LLM labels: users' queries, and the records that these may see."""
@@ -105,41 +120,54 @@ def _sees_one(record: Record, records: Iterable[Record]) -> bool:
 async def reranker_groups(
     personalizer: UserPipeline, queries: Sequence[Query], progress: Progress | None = None
 ) -> Collected:
-    """Ask the LLM each query once per retrieved record, at temperature 0."""
+    """Ask the LLM each query once per retrieved record, at temperature 0. With labels and
+    `labelling=adaptive` one record of each answer is asked for, the first one, and the others are
+    worth the same: an LLM that is shown one record leans on that record's answer.
+    """
     settings = personalizer.settings
     contexts = [personalizer.context_of(query) for query in queries]
     cases = [(context, item) for context in contexts for item in personalizer.retrieve(context)]
+    alike = settings.labelling == "adaptive" and bool(personalizer.task.labels)
+    asked_as = [(own.query, item.record.output if alike else item.record) for own, item in cases]
+    first = dict(zip(reversed(asked_as), reversed(cases), strict=True))  # the last one stays
+    asked = {key: first[key] for key in dict.fromkeys(asked_as)}
     greedy = {"samples": 1, "greedy_first": True, "candidates": "sampled"}
     once = replace(personalizer, settings=settings.model_copy(update=greedy))
 
-    async def usefulness(case: tuple[Context, Ranked]) -> tuple[float, Usage, list[str]]:
-        query, item = case[0].query, case[1]
-        prompt = once.render(query, [item])
-        sampled = await once.sample(once.llm, prompt)
-        gain = once.task.gain(sampled.candidates[0].answer, query.gold or "")
-        return gain, sampled.usage, [*prompt.notes, *sampled.notes]
-
+    ask, distinct = partial(_usefulness, once), list(asked.values())
     limit = at_once(once.llm, settings.concurrency)
-    results = await map_calls(usefulness, cases, limit=limit, progress=progress)
+    found = await map_calls(ask, distinct, limit=limit, progress=progress)
+    results = dict(zip(asked, found, strict=True))
     useful: dict[Query, list[tuple[Ranked, float]]] = {}
+    for (context, item), key in zip(cases, asked_as, strict=True):
+        if not isinstance(result := results[key], LLMError):
+            useful.setdefault(context.query, []).append((item, result[0]))
 
     def groups(featurizer: Featurizer) -> list[LabelledGroup]:
-        asked = [own for own in contexts if own.query in useful]
+        judged = [own for own in contexts if own.query in useful]
         group = partial(_reranker_group, personalizer, featurizer, voted=True)
-        return [group(_seen(featurizer, own), useful[own.query]) for own in asked]
+        return [group(_seen(featurizer, own), useful[own.query]) for own in judged]
 
-    out = Collected(groups, calls=len(cases))
-    for (context, item), result in zip(cases, results, strict=True):
-        query = context.query
+    out = Collected(groups, calls=len(distinct))
+    for (context, item), result in zip(distinct, found, strict=True):
         if isinstance(result, LLMError):
-            out.failures.append(f"query {query.id}, record {item.record.id}: {result}")
+            out.failures.append(f"query {context.query.id}, record {item.record.id}: {result}")
             out.usage += Usage(failed=1)
         else:
-            gain, usage, notes = result
-            useful.setdefault(query, []).append((item, gain))
-            out.usage += usage
-            out.notes += notes
+            out.usage += result[1]
+            out.notes += result[2]
     return out
+
+
+async def _usefulness(
+    once: UserPipeline, case: tuple[Context, Ranked]
+) -> tuple[float, Usage, list[str]]:
+    """The gain of the LLM's answer with this record alone, what it cost, and notes."""
+    query, item = case[0].query, case[1]
+    prompt = once.render(query, [item])
+    sampled = await once.sample(once.llm, prompt)
+    gain = once.task.gain(sampled.candidates[0].answer, query.gold or "")
+    return gain, sampled.usage, [*prompt.notes, *sampled.notes]
 
 
 def weak_reranker_groups(
@@ -217,6 +245,17 @@ async def adapter_groups(
             if candidates := _offered(personalizer, proposal):
                 offers.append((context, candidates))
     return out
+
+
+def unasked_groups(
+    personalizer: UserPipeline, featurizer: Featurizer, queries: Sequence[Query]
+) -> list[LabelledGroup]:
+    """The groups of all labels that `adapter_groups` makes, before the LLM votes on them."""
+    candidates = all_labels(personalizer.task, [])
+    contexts = map(personalizer.context_of, queries)
+    return [
+        _labelled(featurizer, _seen(featurizer, own), candidates, voted=True) for own in contexts
+    ]
 
 
 def _seen(featurizer: Featurizer, context: Context) -> Context:

@@ -52,8 +52,8 @@ class SampleCheckpoint:
         features = now.features if same else then.features
         report = {key: value for key, value in then.report.items() if key != KEY}
         heads = {name: dict(own) for name, own in then.heads.items()}  # the file will go
-        kept = {"features": features, "records": now.records, "report": report, "heads": heads}
-        learned.bundle = replace(then, **kept, versions={})
+        bundle = replace(then, features=features, records=now.records, heads=heads)
+        learned.bundle = replace(bundle, report=report, versions={})
         return True
 
     def write(self, learned: Learned) -> None:

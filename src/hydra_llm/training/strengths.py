@@ -12,10 +12,10 @@ Nothing but the scorer that is being learned is changed. Knows no texts and no L
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +66,24 @@ class Strengths:
     steps: int = 4  # of its learning, at most
     margin: float = 1.0  # standard errors by which own heads must beat the shared one
 
+    def chosen(self, report: Mapping[str, Any]) -> "Strengths":
+        """Those that a scorer's report has, for another fit to the same groups."""
+        basis = report.get("prior_ridge", math.nan)
+        return replace(
+            self,
+            ridges=(report["ridge"],),
+            side_ridges=(report["evidence_ridge"],),
+            precisions=(report["precision"],),
+            bases=self.bases if math.isnan(basis) else (basis,),
+        )
+
+
+Keep = Callable[[Sequence[HeldOut]], object]
+
+
+def unkept(held_out: Sequence[HeldOut]) -> None:
+    """Keep nothing."""
+
 
 def fit_scorer(
     scorer: Scorer,
@@ -76,18 +94,18 @@ def fit_scorer(
     strengths: Strengths = Strengths(),
     rank: int = 0,
     done: Progress | None = None,
+    keep: Keep = unkept,
 ) -> tuple[FitReport, UserHeads]:
     """Choose the strengths, fit base and heads of every user, calibrate, on a prepared interaction.
 
     `unseen` are the users from whom a trained interaction has not learned: only they show what
-    helps a new user. Without them the users take turns in folds, which is fair where the
-    interaction has seen no labels. Where only some groups are voted, base and heads learn from the
-    others, and the voted ones only calibrate. With a `rank` the prior of heads is learned, in so
-    many dimensions, unless an isotropic one is better for held-out users.
+    helps a new user. Without them users take turns in folds, fair where it has seen no labels.
+    Where only some groups are voted, base and heads learn from the others, and the voted ones only
+    calibrate (`keep` gets these held-out groups). With a `rank` the prior of heads is learned,
+    unless an isotropic one is better for held-out users.
     """
     plain = data.take((~data.voted).nonzero()[:, 0]) if data.partly_voted else data
-    names = plain.names()
-    report = FitReport(users=len(names), groups=len(plain))
+    report = FitReport(users=len(names := plain.names()), groups=len(plain))
     used = _folds_of(plain, [list(unseen)] if unseen else _parts(plain, seed))
     rank = rank if scorer.head.learns_prior and scorer.loss == "listwise" else 0
     fits = len(strengths.ridges) * len(_side_ridges(plain, strengths)) + 4
@@ -101,11 +119,35 @@ def fit_scorer(
     scorer.head.tune(map(base.problems_of, base.folds), len(base.folds))
     if base.folds:
         base.evaluate()
-        calibrate(scorer, base.held_out(data, base.calibration_splits), report)
+        calibrate(scorer, held_out := base.held_out(data, base.calibration_splits), report)
+        keep(held_out)
     base.fit(plain)
     base.steps.finish()
     measure_posterior(scorer, plain, heads := fit_heads(scorer, plain, names))
     return report, heads
+
+
+@torch.no_grad()
+def cross_fitted_losses(
+    scorer: Scorer, known: TrainingSet, used: Tensor, *, seed: int = 0, tried: Strengths
+) -> Tensor:
+    """[G] the loss of each group of `known` by a base that is fitted, at ridges of its own choice,
+    to those `used` [G] of other users; NaN without any.
+    """
+    train, out = known.take(used.nonzero()[:, 0]), torch.full((len(known),), math.nan)
+    base = _Base(
+        scorer, train, _folds_of(train, _parts(train, seed)), FitReport(), _Steps(1, None), 0, {}
+    )
+    base.choose_ridges(tried)
+    for part in folds(known.names(), TINY_FOLDS, seed):
+        others = train.of(sorted(set(train.names()) - set(part)))
+        if not len(others):
+            continue
+        fit_base(scorer, others, base.report.ridge, base.report.evidence_ridge)
+        places = [place for user in part for place in known.index[user]]
+        unseen = known.take(places)
+        out[places] = group_losses(scorer, unseen, scorer.core(unseen.groups))
+    return out
 
 
 def _why_isotropic(report: FitReport) -> str:

@@ -1,7 +1,7 @@
 """One scorer from its labelled data: features, joint training of what is not convex, heads."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from hydra_llm.training.dataset import (
     make_training_set,
 )
 from hydra_llm.training.sgd import TextSource, fit_unseen, held_out_users, seeded, train_jointly
-from hydra_llm.training.strengths import Strengths, fit_scorer
+from hydra_llm.training.strengths import Keep, Strengths, cross_fitted_losses, fit_scorer, unkept
 
 OWN_RANK = 64  # principal directions of which a user has numbers of their own
 GROUPS_OF_FULL_WIDTH = 1000  # for each column of codes, that features have full width
@@ -53,6 +53,7 @@ class LabelledData:
     side_names: Sequence[str]  # names of the side features' columns
     rule: str  # how gains become targets, see `dataset.targets`
     by_label: bool = False  # label features, in place of features of pairs
+    strengths: Strengths | None = None  # where they are known already
 
 
 def train_scorer(
@@ -62,8 +63,9 @@ def train_scorer(
     checkpoint: Path | None = None,
     progress: StageProgress = silent,
     strengths: Strengths = Strengths(),
+    keep: Keep = unkept,
 ) -> Bundle:
-    """The bundle with one more scorer; with `tune` the bundle's own encoder is trained too."""
+    """The bundle with one more scorer; `tune` trains its encoder too; `keep` as in `fit_scorer`."""
     name, config = data.name, sgd_config(bundle.settings)
     groups = data.groups(bundle.featurizer)
     scorer = _blank_scorer(bundle, data, groups)
@@ -86,7 +88,7 @@ def train_scorer(
         unseen = held_out_users(labelled, config) if trains else ()
         options: dict[str, Any] = {"seed": config.seed, "unseen": unseen, "strengths": strengths}
         options["rank"] = rank_of_prior(bundle, by_label=data.by_label)
-        options["done"] = partial(progress, f"fit {name}")
+        options |= {"done": partial(progress, f"fit {name}"), "keep": keep}
         fit_report, own_heads = fit_scorer(scorer, labelled, **options)
     else:
         fit_report, own_heads = fit_unseen(scorer, labelled, config)
@@ -94,6 +96,24 @@ def train_scorer(
     heads = {**bundle.heads, name: with_times(joint_heads | own_heads, bundle.records)}
     reports = {**bundle.report, name: report | fit_report.to_json(convex=head.convex)}
     return replace(bundle, scorers=scorers, heads=heads, report=reports)
+
+
+def refitted_losses(
+    bundle: Bundle,
+    data: LabelledData,
+    used: Set[tuple[str, str]],
+    strengths: Strengths = Strengths(),
+) -> torch.Tensor:
+    """[G] the loss of each group, in a training set's order, by a shared head that is fitted to
+    those `used` (user and query) of other users.
+    """
+    groups = in_set_order(data.groups(bundle.featurizer))
+    scorer = _blank_scorer(bundle, data, groups)
+    labelled = training_set(bundle, data.rule, scorer, groups)
+    scorer.interaction.prepare(labelled.groups)
+    some = torch.tensor([(group.user, group.query) in used for group in groups])
+    seed = bundle.settings.training_seed
+    return cross_fitted_losses(scorer, labelled, some, seed=seed, tried=strengths)
 
 
 def _blank_scorer(bundle: Bundle, data: LabelledData, groups: Sequence[LabelledGroup]) -> Scorer:

@@ -3,7 +3,7 @@
 `api.py` opens what they need and says who is learned from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -19,6 +19,7 @@ from hydra_llm.model.upgrade import reranker_helps
 from hydra_llm.pipeline import UserPipeline
 from hydra_llm.rerank import record_text
 from hydra_llm.side_features import Featurizer
+from hydra_llm.training.adaptive import Label, Rounds, in_turns, judge_by_refit, judge_by_votes
 from hydra_llm.training.choosing import choose_sampling, chosen_over, judged, some_of_each
 from hydra_llm.training.dataset import LabelledGroup
 from hydra_llm.training.encode import encode_histories
@@ -33,6 +34,7 @@ from hydra_llm.training.labelling import (
     reads_labels,
     reranker_groups,
     training_queries,
+    unasked_groups,
     weak_adapter_groups,
     weak_reranker_groups,
 )
@@ -47,10 +49,10 @@ from hydra_llm.training.train_scorer import (
     train_scorer,
 )
 from hydra_llm.training.word_model import TOO_FEW, WordModels, learn_word_model
-from hydra_llm.types import Overlaid, StageCost
+from hydra_llm.types import Overlaid, Query, Record, StageCost
 
-CHUNK_USERS = 500  # whose heads are fitted at once: bounds memory
 RERANKER, ADAPTER = "reranker", "adapter"
+ADAPTER_LABELS = "labelling"  # the report's entry on adaptive labelling
 STAGES = {RERANKER: "label records", ADAPTER: "label candidates"}
 WORD_STAGE, CHOICE_STAGE = "fit word model", "choose sampling"
 SKIPPED = {  # why none is learned where all gains are equal
@@ -62,6 +64,7 @@ ERRORS = {  # of the report, told where a sample was learned from
     "loss_user_error": "the held-out loss",
 }
 NO_LLM = "no LLM was given"
+BLOCK_RECORDS = 10_000  # about how many are labelled and fitted at once: 400 MB of features
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Work:
             ranking = await self.labelled_data(RERANKER)
             self.train(ranking, tune=settings.tune_encoder)
         await self.choose(first)
-        picking = await self.labelled_data(ADAPTER)
+        picking = await self.labelled_data(ADAPTER, first)
         self.train(picking, tune=settings.tune_encoder)
         if settings.tune_encoder and picking is not None:
             self.train(ranking)  # the encoder has moved under the reranker
@@ -147,29 +150,59 @@ class Work:
         learned.report(gate=report)
         learned.stages["fit gate"] = StageCost(len(learned.users), perf_counter() - started)
 
-    async def labelled_data(self, name: str) -> LabelledData | None:
+    async def labelled_data(self, name: str, first: Bundle | None = None) -> LabelledData | None:
         """What a scorer is trained on; None where no candidate is better than another."""
         learned, bundle, users = self.learned, self.learned.bundle, self.learned.users
         plain = self.plain(name)
-        collected = Collected(lambda featurizer: [])
-        if name == ADAPTER or asks_of_records(bundle.settings):
-            collected = await self.collect(name, plain, users[: bundle.settings.labelled_users])
+        side_names = getattr(bundle.featurizer, f"{name}_names")
+        by_label = name == ADAPTER and reads_labels(bundle.task, bundle.settings)
 
-        def made(featurizer: Featurizer) -> list[LabelledGroup]:
-            return [*collected.groups(featurizer), *_weak_groups(name, plain, featurizer, users)]
+        def data_of(collected: Collected) -> LabelledData:
+            def made(featurizer: Featurizer) -> list[LabelledGroup]:
+                weak = _weak_groups(name, plain, featurizer, users)
+                return [*collected.groups(featurizer), *weak]
 
-        first = made(known := bundle.featurizer)
+            return LabelledData(name, _once(made), side_names, target_rule(bundle, name), by_label)
 
-        def groups(featurizer: Featurizer) -> list[LabelledGroup]:
-            return first if featurizer is known else made(featurizer)
-
-        if not any(len(set(group.gains)) > 1 for group in first):
+        data, most = data_of(Collected(lambda featurizer: [])), bundle.settings.labelled_users
+        if name == ADAPTER and bundle.settings.labelling == "adaptive" and not is_none(self.llm):
+            data = await self.adaptively(plain, data_of, first)
+        elif name == ADAPTER or asks_of_records(bundle.settings):
+            data = data_of(await self.collect(name, plain, users[:most]))
+        if not any(len(set(group.gains)) > 1 for group in data.groups(bundle.featurizer)):
             learned.report(**{name: {"skipped": SKIPPED[name]}})
             learned.notes.append(f"no {name} was learned: {SKIPPED[name]}")
             return None
-        side_names = getattr(bundle.featurizer, f"{name}_names")
-        by_label = name == ADAPTER and reads_labels(bundle.task, bundle.settings)
-        return LabelledData(name, groups, side_names, target_rule(bundle, name), by_label)
+        return data
+
+    async def adaptively(
+        self,
+        plain: UserPipeline,
+        data_of: Callable[[Collected], LabelledData],
+        first: Bundle | None,
+    ) -> LabelledData:
+        """The adapter's data with as many labels of the LLM as help, or those of `first`."""
+        learned, bundle, asked = self.learned, self.learned.bundle, self.asked
+        assert asked is not None  # of training users
+        users, strengths = learned.users[: bundle.settings.labelled_users], None
+        if first is not None and ADAPTER_LABELS in first.report:
+            known = first.report[ADAPTER_LABELS]
+            queries = in_turns(asked.all, bundle.settings.seed)[: known["queries"]]
+            learned.report(**{ADAPTER_LABELS: known})
+            return data_of(await self.collect(ADAPTER, plain, users, queries=queries))
+        if offers_all(bundle.task, bundle.settings):
+            pipeline = replace(plain, records=asked.records)
+            unasked = Collected(lambda made: unasked_groups(pipeline, made, asked.all))
+            judge, strengths = judge_by_votes(
+                bundle, data_of(unasked), self.strengths, self.progress
+            )
+        else:
+            judge = judge_by_refit(bundle, data_of, self.strengths)
+        rounds = Rounds(judge, bundle.settings.seed)
+        collected = await self.collect(ADAPTER, plain, users, rounds=rounds)
+        learned.report(**{ADAPTER_LABELS: rounds.report})
+        learned.notes.append(str(rounds))
+        return replace(data_of(collected), strengths=strengths)
 
     def plain(self, name: str) -> UserPipeline:
         """The pipeline without the scorer that is to be learned or fitted."""
@@ -177,17 +210,30 @@ class Work:
         rerank = name == ADAPTER and bundle.settings.label_order != "retriever"
         return bundle.personalizer(self.llm, rerank=rerank, adapt=adapt)
 
-    async def collect(self, name: str, plain: UserPipeline, users: Sequence[str]) -> Collected:
-        """Let the LLM label what it is asked about training users, or new users' latest records."""
+    async def collect(
+        self,
+        name: str,
+        plain: UserPipeline,
+        users: Sequence[str],
+        *,
+        rounds: Rounds | None = None,
+        queries: Sequence[Query] | None = None,
+    ) -> Collected:
+        """Let the LLM label what it is asked about training users, or new users' latest records;
+        `queries`: some of them.
+        """
         learned, stage, most = self.learned, STAGES[name], plain.settings.queries_per_user
         if is_none(self.llm):
             return Collected(lambda featurizer: [])
         latest = (training_queries(plain.task, plain.records[user], most) for user in users)
-        queries, label = list(chain(*latest)), adapter_groups
         if self.asked is not None:
-            queries, plain = self.asked.all, replace(plain, records=self.asked.records)
-        if name == RERANKER:
-            label = reranker_groups
+            queries = self.asked.all if queries is None else queries
+            plain = replace(plain, records=self.asked.records)
+        else:
+            queries = list(chain(*latest))
+        label: Label = reranker_groups if name == RERANKER else adapter_groups
+        if rounds is not None:
+            label = partial(rounds.label, label)
         collected = await label(plain, queries, partial(self.progress, stage))
         learned.failures += collected.failures
         learned.stages[stage] = StageCost(len(users), collected.usage.seconds, collected.usage)
@@ -204,7 +250,8 @@ class Work:
             return
         learned, started = self.learned, perf_counter()
         checkpoint = None if self.out is None else Path(f"{self.out}.{data.name}.checkpoint")
-        bundle = train_scorer(learned.bundle, data, tune, checkpoint, self.progress, self.strengths)
+        strengths = data.strengths or self.strengths
+        bundle = train_scorer(learned.bundle, data, tune, checkpoint, self.progress, strengths)
         learned.stages[f"fit {data.name}"] = StageCost(len(learned.users), perf_counter() - started)
         prior = bundle.report[data.name].get("prior", "")
         if prior and prior != "learned":
@@ -224,15 +271,29 @@ class Work:
         learned.bundle = bundle
 
     async def fit(self) -> None:
-        """The users' heads of each scorer, on weak labels where there are some; where no LLM is
-        asked, so many users at a time as memory allows.
+        """The users' heads of each scorer, on weak labels where there are some."""
+        await self.fit_users(self.learned.users)
+
+    async def fit_users(
+        self, users: Sequence[str], stage: str = "", done: Callable[[], None] = lambda: None
+    ) -> None:
+        """The heads of these users, block by block. `stage`: of the progress; `done` is called
+        after each block.
         """
-        users = self.learned.users
-        size = CHUNK_USERS if is_none(self.llm) else max(1, len(users))
-        for start in range(0, max(1, len(users)), size):
-            await self._fit(users[start : start + size])
-            if size < len(users):
-                self.progress("fit heads", min(start + size, len(users)), len(users))
+        bundle, fitted = self.learned.bundle, 0
+        asks = {
+            name: self.asks_to_fit(name) for name in (RERANKER, ADAPTER) if name in bundle.scorers
+        }
+        # With an LLM all at once: its calls take longer than all else, and are told together.
+        at_once = not users or (any(asks.values()) and not is_none(self.llm))
+        for block in [users] if at_once else blocks(users, bundle.records):
+            every = list(chain.from_iterable(bundle.records[user] for user in block))
+            encode_histories(bundle, every, self.progress, ranks=bundle.reranker is not None)
+            fitted += len(block)
+            for name in asks:
+                await self._fit(name, block, asks=asks[name])
+                self.progress(stage or f"fit {name}", fitted, len(users))
+            done()
 
     async def learn_from(
         self, users: Sequence[str], first: Bundle | None
@@ -263,47 +324,74 @@ class Work:
         """
         learned = self.learned
         done = set(learned.bundle.trained_on).union(*learned.bundle.heads.values())
-        missing, others = [user for user in users if user not in done], replace(self, llm=NoLLM())
+        missing = [user for user in users if user not in done]
+        others = replace(self, llm=NoLLM())
         checkpoint.write(learned)
-        for start in range(0, len(missing), CHUNK_USERS):
-            chunk = missing[start : start + CHUNK_USERS]
-            await others._fit(chunk)
-            checkpoint.write_now_and_then(learned)
-            self.progress("fit heads", len(users) - len(missing) + start + len(chunk), len(users))
+        done_now = partial(checkpoint.write_now_and_then, learned)
+        if missing:
+            await others.fit_users(missing, "fit heads", done_now)
         learned.users = tuple(users)
 
-    async def _fit(self, users: Sequence[str]) -> None:
-        learned, given = self.learned, self.learned.bundle
-        every = list(chain.from_iterable(given.records[user] for user in users))
-        encode_histories(given, every, self.progress, ranks=given.reranker is not None)
-        for name in (name for name in (RERANKER, ADAPTER) if name in learned.bundle.scorers):
-            plain, bundle = self.plain(name), learned.bundle
-            groups, of_llm = _weak_groups(name, plain, bundle.featurizer, users), name == ADAPTER
-            of_choices = all(group.exact for group in groups)  # records need the LLM beside them
-            if bundle.word_model and bundle.settings.fit_labels == "history":
-                of_llm = False
-            if of_choices and (of_llm or bundle.settings.reranker_labels == "llm"):
-                collected = await self.collect(name, plain, users)
-                groups += collected.groups(bundle.featurizer)
-            started = perf_counter()
-            labelled = head_data(bundle, name, groups)
-            encoded = perf_counter()
-            heads = solve_heads(bundle, name, labelled, users)
-            stage, ended = f"fit {name}", perf_counter()
-            learned.solved[stage] = learned.solved.get(stage, 0.0) + ended - encoded
-            own = Overlaid(heads, bundle.heads.get(name, {}))
-            learned.bundle = replace(bundle, heads={**bundle.heads, name: own})
-            before = learned.stages.get(stage, StageCost(0, 0.0))
-            seconds = before.seconds + ended - started
-            learned.stages[stage] = StageCost(before.users + len(users), seconds)
-        bundle = learned.bundle
+    async def _fit(self, name: str, users: Sequence[str], *, asks: bool) -> None:
+        learned, stage = self.learned, f"fit {name}"
+        bundle, plain = learned.bundle, self.plain(name)
+        groups = _weak_groups(name, plain, bundle.featurizer, users)
+        if asks:
+            collected = await self.collect(name, plain, users)
+            groups += collected.groups(bundle.featurizer)
+        started = perf_counter()
+        labelled, encoded = head_data(bundle, name, groups), perf_counter()
+        heads = solve_heads(bundle, name, labelled, users)
+        ended, before = perf_counter(), learned.stages.get(stage, StageCost(0, 0.0))
+        learned.solved[stage] = learned.solved.get(stage, 0.0) + ended - encoded
+        own = Overlaid(heads, bundle.heads.get(name, {}))
+        learned.bundle = replace(bundle, heads={**bundle.heads, name: own})
+        seconds = before.seconds + ended - started
+        learned.stages[stage] = StageCost(before.users + len(users), seconds, before.usage)
         # Encode what the reranker reads of these users: else their first question waits for it.
-        if bundle.reranker is not None and not bundle.reranker.interaction.reads_pairs:
-            records = chain(*(bundle.records[user] for user in users))
+        if name == RERANKER and not bundle.scorers[name].interaction.reads_pairs:
             with_answer = bundle.settings.record_answer
-            bundle.features.texts(
-                [record_text(record, with_answer=with_answer) for record in records]
-            )
+            records = chain(*(bundle.records[user] for user in users))
+            texts = [record_text(record, with_answer=with_answer) for record in records]
+            bundle.features.texts(texts)
+
+    def asks_to_fit(self, name: str) -> bool:
+        """Whether heads of this scorer are fitted to what the LLM does, beside recorded choices."""
+        bundle, of_llm = self.learned.bundle, self.learned.bundle.settings.reranker_labels == "llm"
+        if name == RERANKER:
+            return of_llm
+        by_words = bundle.word_model is not None and bundle.settings.fit_labels == "history"
+        return not offers_all(bundle.task, bundle.settings) and (of_llm or not by_words)
+
+
+def _once(
+    made: Callable[[Featurizer], list[LabelledGroup]],
+) -> Callable[[Featurizer], list[LabelledGroup]]:
+    """The same groups for the same featurizer, made once."""
+    known: list[tuple[Featurizer, list[LabelledGroup]]] = []
+
+    def groups(featurizer: Featurizer) -> list[LabelledGroup]:
+        if not known or known[0][0] is not featurizer:
+            known[:] = [(featurizer, made(featurizer))]
+        return known[0][1]
+
+    return groups
+
+
+def blocks(
+    users: Sequence[str], records: Mapping[str, Sequence[Record]], most: int = BLOCK_RECORDS
+) -> Iterator[list[str]]:
+    """The users in order, as many at once as have about `most` records: what is made of them fits
+    into memory, however many there are.
+    """
+    block, count = list[str](), 0
+    for user in users:
+        block, count = [*block, user], count + len(records.get(user, ()))
+        if count >= most:
+            yield block
+            block, count = [], 0
+    if block:
+        yield block
 
 
 def _weak_groups(

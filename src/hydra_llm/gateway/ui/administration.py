@@ -12,11 +12,13 @@ from fastapi import Query, Response
 
 from hydra_llm.gateway import admin_routes, spend_routes, user_routes
 from hydra_llm.gateway.admin_routes import gateway_of_admin
+from hydra_llm.gateway.auth import WITHOUT_KEYS
 from hydra_llm.gateway.deployment import folder_of
-from hydra_llm.gateway.schemas import MAX_ID, ApiError, KeyIn
+from hydra_llm.gateway.schemas import MAX_ID, ApiError, KeyIn, id_fault
 from hydra_llm.gateway.ui.charts import NAMES, SPANS, figures, money_bars, seconds, summed
 from hydra_llm.gateway.ui.pages import Form, Here, Visit, go, make_router, show
 from hydra_llm.gateway.ui.people import valid
+from hydra_llm.store.values import Key
 
 PAGE = 25
 MOST_SUMS = 10_000  # rows of days and models
@@ -83,7 +85,13 @@ def _spend_page(
     values: dict[str, Any] = {"total": spent["total"], "currency": spent["currency"]}
     values |= {"days": days, "chosen": (7, 30, 90), "by_day": by_day, "by_user": dearest["data"]}
     values["by_model"] = sorted(by_model, key=lambda row: row["cost"] or 0.0, reverse=True)
-    values["limits"] = spend_routes.show_limits(http) if here.caller.admin else None
+    values |= {"limits": None, "by_key": []}
+    if here.caller.admin:
+        keys = spend_routes.show_spend(http, by="key", since=since, limit=PAGE)["data"]
+        known = http.app.state.gateway.store.keys([row["key"] for row in keys])
+        labels = {key.id: key.label for key in known}
+        values["by_key"] = [{**row, "label": labels.get(row["key"])} for row in keys]
+        values["limits"] = spend_routes.show_limits(http)
     values["bars"] = money_bars(by_day, days, since)
     values |= {"fault": fault, "given": given or {}}
     return show(here, "spend.html", 400 if fault else 200, **values)
@@ -93,9 +101,12 @@ def _spend_page(
 
 
 @router.get("/keys")
-def keys_page(here: Here, after: str = "") -> Response:
-    """The keys, newest first."""
-    return _keys_page(here, after)
+def keys_page(here: Here, after: str = "", id: str = "") -> Response:
+    """The keys, newest first, or the one of an id."""
+    if not id:
+        return _keys_page(here, after)
+    values = {"keys": [_key(here, id)], "more": None, "first": False, "open": False}
+    return show(here, "keys.html", **values, fault="", given={})
 
 
 @router.post("/keys")
@@ -117,8 +128,7 @@ def create_key(here: Here, form: Form) -> Response:
 @router.get("/keys/revoke")
 def ask_to_revoke(here: Here, id: str) -> Response:
     """Whether a key is to be revoked."""
-    gateway_of_admin(here.http)
-    return show(here, "key_revoke.html", id=id, own=id == here.caller.key)
+    return show(here, "key_revoke.html", key=_key(here, id), own=id == here.caller.key)
 
 
 @router.post("/keys/revoke")
@@ -128,12 +138,21 @@ def revoke_key(here: Here, form: Form) -> Response:
     return go(here.http, "/keys", done="revoked")
 
 
+def _key(here: Visit, id: str) -> Key:
+    """A key, for an administrator. `ApiError` 403, 404."""
+    store = gateway_of_admin(here.http).store
+    if id_fault(id) or (key := store.key(id)) is None:
+        raise ApiError(404, "there is no such key: it may have been deleted with its user")
+    return key
+
+
 def _keys_page(
     here: Visit, after: str = "", fault: str = "", given: dict[str, str] | None = None
 ) -> Response:
     page = admin_routes.list_keys(here.http, after=after, limit=PAGE)
     values = {"keys": page["data"], "more": page["next"], "first": not after}
     values |= {"fault": fault, "given": given or {}}
+    values["open"] = here.caller is WITHOUT_KEYS
     return show(here, "keys.html", 400 if fault else 200, **values)
 
 

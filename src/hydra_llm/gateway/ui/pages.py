@@ -110,7 +110,12 @@ async def form_of(http: Request) -> dict[str, str]:
         pairs = parse_qsl((await http.body()).decode(), keep_blank_values=True, errors="strict")
     except ValueError:
         raise HTTPException(400) from None
-    return {name: value.replace("\r\n", "\n") for name, value in pairs}
+    return {name: one_break(value) for name, value in pairs}
+
+
+def one_break(text: str) -> str:
+    """A text with line breaks of one character, as a form's is for a page."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 async def sent(http: Request, here: Annotated[Visit, Depends(visit)]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The pages about one user: what is known, records, answers with their reasons, export, deletion.
-Each form calls an endpoint's function (user_routes.py); so checks and limits are the same.
+Each form calls an endpoint's function (record_routes.py, user_routes.py); so checks and limits are
+the same.
 """
 
 from collections.abc import Iterator, Mapping
@@ -7,14 +8,16 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from secrets import token_hex
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from anyio.to_thread import run_sync
-from fastapi import Response
+from fastapi import Query, Response
 from pydantic import BaseModel, ValidationError
 
-from hydra_llm.gateway import user_routes
+from hydra_llm.gateway import record_routes, user_routes
+from hydra_llm.gateway.record_routes import shown_records
 from hydra_llm.gateway.schemas import (
+    MAX_NUMBER,
     ApiError,
     FeedbackIn,
     RecordIn,
@@ -23,17 +26,17 @@ from hydra_llm.gateway.schemas import (
     SwitchIn,
     id_fault,
 )
-from hydra_llm.gateway.ui.pages import Form, Here, Visit, go, make_router, show
+from hydra_llm.gateway.ui.pages import Form, Here, Visit, go, make_router, one_break, show
 from hydra_llm.gateway.ui.words import CORRECTIONS, UNSCORED
 from hydra_llm.store.change import FEEDBACK_ID
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request as AnsweredRequest
-from hydra_llm.types import Record
 
 PAGE = 20  # records and answers on a page
 FOUND = 20  # records that a search shows
 
 M = TypeVar("M", bound=BaseModel)
+Position = Annotated[int | None, Query(ge=0, le=MAX_NUMBER)]
 router = make_router()
 
 
@@ -80,18 +83,18 @@ async def fit(here: Here, form: Form) -> Response:
 
 
 @router.get("/records")
-async def records_page(here: Here, before: int | None = None, q: str = "") -> Response:
+async def records_page(here: Here, before: Position = None, q: str = "") -> Response:
     """A user's records, the latest added first, or those that fit some words best."""
     user, more = here.user, None
     if q.strip():
-        records = list[dict[str, str]]()
+        records = list[dict[str, Any]]()
         with _unknown_is_empty():
             sent = valid(SearchIn, query=q, limit=FOUND)
-            records = (await user_routes.search(user, sent, here.http))["data"]
+            records = (await record_routes.search(user, sent, here.http))["data"]
     else:
         read = partial(_store(here).record_page, user, before=before, limit=PAGE + 1)
-        page = await run_sync(read)
-        records = [_shown(record) for _, record in page[:PAGE]]
+        page, off = await run_sync(read), await run_sync(_store(here).off_records, user)
+        records = shown_records([record for _, record in page[:PAGE]], off)
         more = page[PAGE - 1][0] if len(page) > PAGE else None
     values = {"records": records, "more": more, "q": q, "first": before is None}
     return show(here, "records.html", user=user, **values)
@@ -108,9 +111,11 @@ def new_record(here: Here) -> Response:
 @router.get("/records/edit")
 def edit_record(here: Here, id: str) -> Response:
     """The form of a record that is there."""
-    if id.startswith(FEEDBACK_ID):  # it changes with the feedback of which it was made
-        return go(here.http, "/answer", user=here.user, id=id.removeprefix(FEEDBACK_ID))
-    return show(here, "record.html", user=here.user, record=_record(here, id), fault="")
+    record = _record(here, id)
+    of, made = id.removeprefix(FEEDBACK_ID), id.startswith(FEEDBACK_ID)
+    if made and _store(here).request(of):  # it changes with the feedback of which it was made
+        return go(here.http, "/answer", user=here.user, id=of)
+    return show(here, "record.html", user=here.user, record=record, fault="")
 
 
 @router.post("/records/save")
@@ -118,9 +123,12 @@ async def save_record(here: Here, form: Form) -> Response:
     """Add a record, or change the one of its id."""
     user, given = here.user, {name: form.get(name, "") for name in ("input", "output", "time")}
     id = form.get("id", "")
+    known = {} if id_fault(id) else await run_sync(_store(here).some_records, user, [id])
+    for record in known.values():
+        given = {name: _as_kept(text, getattr(record, name)) for name, text in given.items()}
     try:
-        record = valid(RecordIn, id=id or f"own-{token_hex(8)}", **given)
-        counts = await user_routes.add_records(user, RecordsIn(records=[record]), here.http)
+        sent = valid(RecordIn, id=id or f"own-{token_hex(8)}", **given)
+        counts = await record_routes.add_records(user, RecordsIn(records=[sent]), here.http)
     except ApiError as error:
         if error.status not in (400, 413):
             raise
@@ -129,6 +137,16 @@ async def save_record(here: Here, form: Form) -> Response:
         return show(here, "record.html", error.status, user=user, **values)
     done = next((what for what in ("added", "changed") if counts[what]), "unchanged")
     return go(here.http, "/records", user=user, done=done)
+
+
+@router.post("/records/switch")
+async def switch_record(here: Here, form: Form) -> Response:
+    """Keep a record out of answers, or use it again."""
+    on = form.get("enabled") == "yes"
+    await record_routes.switch_record(
+        here.user, form.get("id", ""), SwitchIn(enabled=on), here.http
+    )
+    return go(here.http, "/records", user=here.user, done="record-on" if on else "record-off")
 
 
 @router.get("/records/delete")
@@ -140,7 +158,7 @@ def ask_to_delete_record(here: Here, id: str) -> Response:
 @router.post("/records/delete")
 async def delete_record(here: Here, form: Form) -> Response:
     """Delete a record."""
-    await user_routes.delete_record(here.user, form.get("id", ""), here.http)
+    await record_routes.delete_record(here.user, form.get("id", ""), here.http)
     return go(here.http, "/records", user=here.user, done="deleted")
 
 
@@ -173,11 +191,13 @@ def answer_page(here: Here, id: str) -> Response:
 async def correct(here: Here, form: Form) -> Response:
     """Say what was wanted in place of an answer: feedback, as the API takes it."""
     id, kind = form.get("id", ""), form.get("kind", "")
-    await run_sync(_request, here, id)  # of this page's user, whoever else the key may speak for
+    # of this page's user, whoever else the key may speak for
+    request = await run_sync(_request, here, id)
     given: dict[str, Any] = {"request_id": id}
     try:
         if kind == "edited":
-            given["edited"] = form.get("edited", "")
+            texts = [own["text"] for own in _answer(request)["candidates"]]
+            given["edited"] = _as_kept(form.get("edited", ""), *texts[:1])
         elif kind == "chosen":
             given["chosen"] = int(form.get("chosen", "0"))
         elif kind == "rejected":
@@ -246,15 +266,18 @@ def _store(here: Visit) -> Store:
     return store
 
 
-def _record(here: Visit, id: str) -> dict[str, str]:
+def _record(here: Visit, id: str) -> dict[str, Any]:
     known = {} if id_fault(id) else _store(here).some_records(here.user, [id])
     if (record := known.get(id)) is None:
         raise ApiError(404, "there is no such record: it may have been deleted")
-    return _shown(record)
+    return shown_records([record])[0]
 
 
-def _shown(record: Record) -> dict[str, str]:
-    return {name: getattr(record, name) for name in ("id", "input", "output", "time")}
+def _as_kept(text: str, *kept: str) -> str:
+    """A form's text, or the kept one that the form showed, if it is the same but for line breaks:
+    of these a form has one kind only.
+    """
+    return next((own for own in kept if one_break(own) == one_break(text)), text)
 
 
 def _request(here: Visit, id: str) -> AnsweredRequest:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from fastapi import Request, Response
 
 from hydra_llm.gateway.auth import ADMIN, WITHOUT_KEYS, Access, Caller, caller_of, caller_with
-from hydra_llm.gateway.middleware import DASHBOARD, RateLimiter, check_origin
+from hydra_llm.gateway.middleware import DASHBOARD, RateLimiter, WrongKeys, address_of, check_origin
 from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.store.store import Store
@@ -39,7 +39,8 @@ class Sessions:
         self._store, self._access = store, access
         self.seconds = settings.session_hours * HOUR
         self._secret = _mac(store.salt(), "dashboard")  # the salt itself is for pseudonyms
-        self._rates = RateLimiter(settings.requests_per_minute)
+        self._rates = RateLimiter(store, settings.requests_per_minute)
+        self._wrong_keys = WrongKeys(settings.wrong_keys_per_minute)
 
     # ---- what the browser holds
 
@@ -74,8 +75,17 @@ class Sessions:
         return self._access.needs_key(self._store)
 
     def begin(self, http: Request, key: str) -> str:
-        """Sign in; returns the id, which is always a new one. `ApiError` 401 for a wrong key."""
-        caller = caller_of(self._store, f"Bearer {key}", self._access)
+        """Sign in; returns the id, which is always a new one. `ApiError` 401 for a wrong key, 429
+        for any after too many from one address.
+        """
+        address = address_of(http.scope)
+        self._wrong_keys.check(address, count=False)
+        try:
+            caller = caller_of(self._store, f"Bearer {key}", self._access)
+        except ApiError:
+            if key:
+                self._wrong_keys.check(address)
+            raise
         if caller is WITHOUT_KEYS:
             check_origin(http.scope, (), True)
         stored = None if caller in (ADMIN, WITHOUT_KEYS) else caller.key

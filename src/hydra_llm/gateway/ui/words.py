@@ -7,6 +7,8 @@ DONE: Mapping[str, str] = {
     "changed": "The record was changed.",
     "unchanged": "Nothing was changed: the record is the same.",
     "deleted": "The record was deleted, and what was learned from it.",
+    "record-off": "The record is off: it is kept, and no answer uses it.",
+    "record-on": "The record is on: answers may use it.",
     "corrected": "Thank you: the correction was kept.",
     "repeated": "The same correction was given before: nothing was changed.",
     "off": "Personal answers are off. Nothing was deleted.",
