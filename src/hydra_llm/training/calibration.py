@@ -231,3 +231,11 @@ class _Mix(NamedTuple):
             scores = self.scores[own] * (1 + v[0]).clamp_min(LEAST_SCALE) + votes
             out[own] = losses(scores, self.target[own], self.mask[own], self.loss)
         return out
+
+
+def error_by_users(values: Tensor, users: Sequence[str]) -> Tensor:
+    """The standard error of the mean of groups' values [G], where those of a user are alike."""
+    number = {user: place for place, user in enumerate(dict.fromkeys(users))}
+    owner = torch.tensor([number[user] for user in users], dtype=torch.long)
+    sums = torch.zeros(len(number)).index_add_(0, owner, values - values.mean())
+    return sums.square().sum().sqrt() / len(values)

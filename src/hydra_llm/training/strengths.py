@@ -29,6 +29,7 @@ from hydra_llm.training.calibration import (
     FitReport,
     HeldOut,
     calibrate,
+    error_by_users,
     evaluate_held_out,
     group_losses,
 )
@@ -182,14 +183,6 @@ def _alike(losses: Tensor, least: Tensor) -> bool:
     """Whether the mean of a group's losses [G] is within a standard error of the least one's."""
     more = losses - least
     return bool(more.mean() <= more.std(correction=0) / len(more) ** 0.5)
-
-
-def error_by_users(values: Tensor, users: Sequence[str]) -> Tensor:
-    """The standard error of the mean of groups' values [G], where those of a user are alike."""
-    number = {user: place for place, user in enumerate(dict.fromkeys(users))}
-    owner = torch.tensor([number[user] for user in users], dtype=torch.long)
-    sums = torch.zeros(len(number)).index_add_(0, owner, values - values.mean())
-    return sums.square().sum().sqrt() / len(values)
 
 
 class _Steps:

@@ -30,6 +30,7 @@ from hydra_llm.training.labelling import (
     adapter_groups,
     asks_of_records,
     choice_groups,
+    made_once,
     offers_all,
     reads_labels,
     reranker_groups,
@@ -162,7 +163,9 @@ class Work:
                 weak = _weak_groups(name, plain, featurizer, users)
                 return [*collected.groups(featurizer), *weak]
 
-            return LabelledData(name, _once(made), side_names, target_rule(bundle, name), by_label)
+            return LabelledData(
+                name, made_once(made), side_names, target_rule(bundle, name), by_label
+            )
 
         data, most = data_of(Collected(lambda featurizer: [])), bundle.settings.labelled_users
         if name == ADAPTER and bundle.settings.labelling == "adaptive" and not is_none(self.llm):
@@ -362,20 +365,6 @@ class Work:
             return of_llm
         by_words = bundle.word_model is not None and bundle.settings.fit_labels == "history"
         return not offers_all(bundle.task, bundle.settings) and (of_llm or not by_words)
-
-
-def _once(
-    made: Callable[[Featurizer], list[LabelledGroup]],
-) -> Callable[[Featurizer], list[LabelledGroup]]:
-    """The same groups for the same featurizer, made once."""
-    known: list[tuple[Featurizer, list[LabelledGroup]]] = []
-
-    def groups(featurizer: Featurizer) -> list[LabelledGroup]:
-        if not known or known[0][0] is not featurizer:
-            known[:] = [(featurizer, made(featurizer))]
-        return known[0][1]
-
-    return groups
 
 
 def blocks(
