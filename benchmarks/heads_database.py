@@ -2,7 +2,7 @@
 candidates, and the memory of the process, whose cache of users is bounded.
 
     python tools/with_postgres.py --required python benchmarks/heads_database.py
-        [--users 1000000] [--calls 1000] [--folder FOLDER] [--json]
+        [--users 1000000] [--kinds lowrank,linear] [--calls 1000] [--folder FOLDER] [--json]
 
 SQLite and PostgreSQL, `lowrank` (K = 16) and `linear` heads (H = 768). A process of its own reads
 random users by the gateway's `UserCache`, so that none is in memory, and scores without the
@@ -42,21 +42,26 @@ COLUMNS = '"user", bundle, scorer, known, delta, updated, until'
 def main() -> None:
     parser = options(__doc__, runs=1)
     parser.add_argument("--users", type=int, default=1_000_000)
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--databases", default="sqlite,postgresql")
     parser.add_argument("--calls", type=int, default=1_000, help="scored users")
     parser.add_argument("--folder", type=Path, help="of SQLite's file; default: a temporary one")
     parser.add_argument("--read", nargs=2, help=argparse.SUPPRESS)  # of the process that reads
     args = parser.parse_args()
     if args.read:
-        print(json.dumps(read(*args.read, args)))
+        url, kind = args.read
+        print(json.dumps(read(url, kind, args)))
         return
     rows = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        for kind in KINDS:
+        for kind in args.kinds.split(","):
             urls = {"sqlite": f"sqlite:///{folder}/{kind}.sqlite"}
             if url := os.environ.get("TEST_POSTGRES_URL"):
                 urls["postgresql"] = url
-            rows += [measure(name, url, kind, args) for name, url in urls.items()]
-            Path(f"{folder}/{kind}.sqlite").unlink()
+            for name in sorted(urls.keys() & set(args.databases.split(","))):
+                rows.append(measure(name, urls[name], kind, args))
+                print(*lines(rows[-1]), sep="\n", file=sys.stderr)
+            Path(f"{folder}/{kind}.sqlite").unlink(missing_ok=True)
     finish(args, {"rows": rows}, [line for row in rows for line in lines(row)], limits(rows))
 
 
@@ -70,7 +75,8 @@ def measure(database: str, url: str, kind: str, args: argparse.Namespace) -> dic
     if child.returncode:
         raise SystemExit(child.stderr)
     told = {"database": database, "kind": kind, "users": args.users, "fill_seconds": filled}
-    return told | json.loads(child.stdout)
+    told |= json.loads(child.stdout)
+    return told
 
 
 def read(url: str, kind: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -27,17 +27,12 @@ import numpy as np
 import torch
 from measure import Limit, finish, in_turn, options, show, summary
 
+from hydra_llm.model.bundle_users import delete_user, write_users
 from hydra_llm.model.head import Head
 from hydra_llm.model.heads import make_head
 from hydra_llm.model.heads.base import gather
 from hydra_llm.model.interactions import Cross, Groups
-from hydra_llm.model.persistence import (
-    BundleFiles,
-    delete_user,
-    read_bundle,
-    write_bundle,
-    write_users,
-)
+from hydra_llm.model.persistence import BundleFiles, read_bundle, write_bundle
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.model.users_file import UsersFile
 from hydra_llm.types import Record
@@ -317,7 +312,9 @@ def plot(result: Mapping[str, Any]) -> str:
     y = alt.Y("value:Q", scale=alt.Scale(type="log"), title=None)
     line = alt.Chart().mark_line(point=True).encode(x, y, alt.Color("kind:N", title=None))
     shown = line.properties(width=210, height=160).facet(
-        alt.Facet("what:N", title=None), data=alt.Data(values=rows), columns=2
+        alt.Facet("what:N", title=None),
+        data=alt.Data(values=rows),
+        columns=2,  # type: ignore[no-untyped-call]
     )
     return vl_convert.vegalite_to_svg(shown.resolve_scale(y="independent").to_json())
 

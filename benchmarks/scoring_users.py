@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from measure import Limit, finish, in_turn, options, show, summary
 
-from hydra_llm.model.heads import HeadMatrix, make_head
+from hydra_llm.model.heads import Head, make_head
 from hydra_llm.model.heads.kernel import pack
 from hydra_llm.model.interactions import Cross, Groups
 from hydra_llm.model.scorer import Scorer
@@ -42,6 +42,7 @@ EXPECTED_NUMBERS = {
     "mlp": 592_130,
 }
 """Expected 32-bit numbers per user (`kernel`: φ and one residual for each pair)."""
+Heads = dict[str, Head]
 
 
 def main() -> None:
@@ -54,7 +55,7 @@ def main() -> None:
 
 def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     sizes, grown = KINDS[kind], []
-    banks: dict[int, tuple[Scorer, HeadMatrix]] = {}
+    banks: dict[int, tuple[Scorer, Heads]] = {}
     for users in sizes:
         before = resident()
         banks[users] = make_bank(kind, users)
@@ -81,7 +82,7 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def make_bank(kind: str, users: int) -> tuple[Scorer, HeadMatrix]:
+def make_bank(kind: str, users: int) -> tuple[Scorer, Heads]:
     """A scorer, and a head of random numbers for each user."""
     interaction = Cross(H)
     scorer = Scorer(interaction, make_head(kind, interaction, rank=RANK), ())
@@ -94,12 +95,13 @@ def make_bank(kind: str, users: int) -> tuple[Scorer, HeadMatrix]:
     if size is None:  # the header of each `kernel` head
         starts = np.cumsum(lengths) - lengths
         numbers[starts], numbers[starts + 1] = H, 1
-    names = {f"user {i}": i for i in range(users)}
-    heads = HeadMatrix(names, numbers, np.cumsum(lengths), np.zeros((users, 2)))
+    ends = np.cumsum(lengths).tolist()
+    places = enumerate(zip([0, *ends[:-1]], ends, strict=True))
+    heads = {f"user {i}": Head(numbers[start:end]) for i, (start, end) in places}
     return scorer.eval(), heads
 
 
-def scoring(scorer: Scorer, heads: HeadMatrix, seed: int) -> Callable[[], object]:
+def scoring(scorer: Scorer, heads: Heads, seed: int) -> Callable[[], object]:
     rng, users = random.Random(seed), list(heads)
     groups = Groups(
         torch.zeros(1, 0),
@@ -115,7 +117,7 @@ def scoring(scorer: Scorer, heads: HeadMatrix, seed: int) -> Callable[[], object
     return run
 
 
-def number_bytes(heads: HeadMatrix) -> int:
+def number_bytes(heads: Heads) -> int:
     return sum(len(head.numbers) * 4 for head in heads.values())
 
 

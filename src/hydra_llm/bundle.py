@@ -20,20 +20,19 @@ from hydra_llm.config import LOCAL, Settings, load_settings, settings_over
 from hydra_llm.errors import BundleError, DataError, SettingsError
 from hydra_llm.gate import Gate, GateWeights, LearnedGate, LexicalGate
 from hydra_llm.llm.base import ChatLLM
+from hydra_llm.model.bundle_users import delete_user, write_users
 from hydra_llm.model.encoder import Encoder
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.heads import Head
 from hydra_llm.model.persistence import (
     USERS_FORMAT,
     BundleFiles,
-    delete_user,
     encoder_config,
     encoder_of,
     precision_of,
     read_bundle,
     read_config,
     write_bundle,
-    write_users,
 )
 from hydra_llm.model.precision import Precision
 from hydra_llm.model.scorer import Scorer

@@ -15,7 +15,7 @@ from hydra_llm.bundle import Bundle
 from hydra_llm.cli.main import run
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
-from hydra_llm.datasets.native import save
+from hydra_llm.datasets.native import load, save
 from hydra_llm.errors import BundleError
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Query, Record
@@ -249,3 +249,41 @@ def test_heads_that_another_process_saved_are_not_lost(learned: Path, bundle: Pa
     ours.save(bundle.parent / "elsewhere")
     ours.save(bundle.parent / "elsewhere")
     assert set(Bundle.load(bundle.parent / "elsewhere").records) == {"t0", "t1", "one", "two"}
+
+
+def test_fits_of_two_processes_are_both_kept(learned: Path, bundle: Path) -> None:
+    dataset = load(learned / "data")
+    first, second = Bundle.load(bundle), Bundle.load(bundle)
+    fit(dataset, first, LABELS, users=["one"]).bundle.save_users(bundle, ["one"])
+    fit(dataset, second, LABELS, users=["two"]).bundle.save_users(bundle, ["two"])
+    assert set(Bundle.load(bundle).records) == {"t0", "t1", "one", "two"}
+    assert "one" in second.records, "an open bundle sees who was added"
+    with pytest.raises(BundleError, match="was changed by another process since it was read"):
+        first.save(bundle)  # it holds no head of `two`
+
+
+def test_one_user_is_fitted_and_deleted_in_place(hydra: Hydra, learned: Path, bundle: Path) -> None:
+    (file,) = bundle.glob("content-*/users.sqlite")
+    config = (bundle / "config.json").read_bytes()
+    hydra("fit", learned / "data", "--bundle", bundle, "--llm", LABELS, "--user", "one")
+    loaded = Bundle.load(bundle)
+    assert set(loaded.records) == {"t0", "t1", "one", "two"}
+    heads = [head.numbers.tobytes() for head in loaded.heads_of("one").values()]
+    assert (bundle / "config.json").read_bytes() == config
+    assert list(bundle.glob("content-*/users.sqlite")) == [file]
+    deleted = hydra("users", "delete", "one", "--bundle", bundle)["deleted"]
+    assert (deleted["heads"], deleted["records"]) == (len(heads), len(loaded.records.get("t0", ())))
+    data = file.read_bytes()
+    assert not any(len(head) > 16 and head in data for head in heads)
+    assert "one" not in loaded.records, "an open bundle sees who was deleted"
+    assert set(Bundle.load(bundle).records) == {"t0", "t1", "two"}
+    assert "no user 'one' in the bundle" in hydra("users", "delete", "one", "--bundle", bundle)
+
+
+def test_a_deleted_training_user_is_named_nowhere(hydra: Hydra, bundle: Path) -> None:
+    assert hydra("users", "delete", "t0", "--bundle", bundle)["deleted"]["records"]
+    again = Bundle.load(bundle)
+    assert again.trained_on == ("t1",)
+    assert set(again.records) == {"t1", "two"}
+    for path in bundle.rglob("*"):
+        assert path.is_dir() or b'"t0"' not in path.read_bytes()

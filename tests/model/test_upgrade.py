@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from hydra_llm.bundle import Bundle
+from hydra_llm.bundle import Bundle, delete_from
 from hydra_llm.history import parse_time
 from hydra_llm.model.interactions import Groups
 from hydra_llm.model.persistence import FORMAT
@@ -108,6 +108,25 @@ def test_an_upgraded_bundle_is_written_in_the_present_format(name: str, tmp_path
         for user, head in old.heads[scorer].items():
             again = new.heads[scorer][user]
             assert (again.records, again.until) == (head.records, head.until)
+
+
+@pytest.mark.parametrize("name", ["tags-linear", "format-4/tags-kernel"])
+def test_a_user_is_deleted_from_an_old_bundle(name: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(DATA / name, tmp_path / "bundle"))
+    old = Bundle.load(folder, cache=tmp_path)
+    assert delete_from(folder, "new0")
+    new = Bundle.load(folder, cache=tmp_path)
+    for kept, before in ((new.records, old.records), *zip_heads(new, old)):
+        assert set(kept) == set(before) - {"new0"}
+    assert np.array_equal(
+        new.heads["adapter"]["new1"].numbers, old.heads["adapter"]["new1"].numbers
+    )
+    assert delete_from(folder, "new0") is None
+    assert not list(folder.rglob("history.jsonl.gz"))
+
+
+def zip_heads(new: Bundle, old: Bundle) -> list[tuple[Any, Any]]:
+    return [(new.heads[scorer], old.heads[scorer]) for scorer in old.scorers]
 
 
 @pytest.mark.parametrize("name", NAMES)

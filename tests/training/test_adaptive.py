@@ -153,7 +153,7 @@ def test_of_records_with_equal_answers_one_is_asked_for() -> None:
     ]
     query = Query("u", "q", "rain and war at night", "calm")
 
-    def asked(labelling: str) -> tuple[Collected, LabelledGroup, RuleLLM]:
+    def asked(labelling: Any) -> tuple[Collected, LabelledGroup, RuleLLM]:
         # what the LLM says depends on the whole prompt, not on the record's answer alone
         llm = RuleLLM(lambda messages, index, rng: rng.choice(TAGS.labels))
         settings = Settings(k=1, retrieved=4, gate="off", labelling=labelling)

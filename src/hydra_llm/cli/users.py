@@ -102,8 +102,18 @@ def export(user: User, store: StoreURL = DEFAULT_STORE) -> None:
 
 
 @app.command()
-def delete(user: User, store: StoreURL = DEFAULT_STORE, as_json: AsJson = False) -> None:
+def delete(
+    user: User,
+    store: StoreURL = DEFAULT_STORE,
+    bundle: Annotated[
+        Path | None, Option(help="Delete from this bundle, not from a store.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Delete all that is kept about a user, at once and for good; keys of this user only, too."""
+    if bundle is not None:
+        _delete_from_bundle(bundle, user, as_json)
+        return
     from hydra_llm.gateway.user_data import delete_user
 
     with open_store(store) as opened:
@@ -114,6 +124,22 @@ def delete(user: User, store: StoreURL = DEFAULT_STORE, as_json: AsJson = False)
     console.emit({"deleted": counts} if as_json else counts, as_json)
     if not emptied:
         console.say("SQLite's log is in use: what was deleted is in it until its reader ends")
+
+
+def _delete_from_bundle(folder: Path, user: str, as_json: bool) -> None:
+    """Features first: if they cannot be deleted, the user is still there to be deleted again."""
+    from hydra_llm.bundle import delete_from
+    from hydra_llm.config import load_settings
+    from hydra_llm.gateway.user_cache import texts_of
+    from hydra_llm.model.feature_cache import forget_features
+    from hydra_llm.model.persistence import read_bundle
+
+    texts = texts_of(read_bundle(folder).records.get(user, ()))
+    features = forget_features(load_settings().cache / "features.sqlite", texts)
+    if (counts := delete_from(folder, user)) is None:
+        raise UnknownUser(f"no user '{user}' in the bundle {folder}")
+    counts["features"] = features
+    console.emit({"deleted": counts} if as_json else counts, as_json)
 
 
 def _exported(store: "Store", user: str) -> dict[str, Any]:

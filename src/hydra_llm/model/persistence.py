@@ -18,8 +18,8 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -99,60 +99,16 @@ def write_bundle(folder: Path, files: BundleFiles, *, replaces: str | None = Non
     check_place(folder)
     with _reported(folder, "cannot be written", "; a bundle that stood there is still whole"):
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder, seconds=0):
+        with locked(folder, seconds=0):
             check_place(folder)
             present = _config_or_none(folder)
-            if replaces and present and _version(folder, present) != replaces:
-                raise _changed(folder)
+            if replaces and present and version_of(folder, present) != replaces:
+                raise changed(folder)
             return _replace(folder, files)
 
 
-def write_users(
-    folder: Path,
-    users: Iterable[str],
-    heads: Mapping[str, Mapping[str, Head]],
-    records: Mapping[str, Sequence[Record]],
-    *,
-    version: str,
-) -> str | None:
-    """Add or replace users of a bundle in place, for whose shared weights they were fitted:
-    `version` is what was read, of which only the users may have changed since. Returns the new
-    version; None for a bundle of an older format, which is written as a whole.
-    """
-    with _locked(folder):
-        config = read_config(folder)
-        if config["format"] < USERS_FORMAT:
-            return None
-        if config["sha256"] != version.partition(":")[0]:
-            raise _changed(folder)
-        with closing(UsersFile(folder / config["content"] / USERS)) as file:
-            file.put(users, heads, records)
-        return _version(folder, config)
-
-
-def delete_user(folder: Path, user: str) -> dict[str, int] | None:
-    """Delete a user from a bundle in place, the name among the training users too: how many
-    `heads` and `records`; None if there is no such user. What shared weights have learned from
-    the user stays. Raises BundleError: another process writes for long; a full disk.
-    """
-    with _locked(folder):
-        config = read_config(folder)
-        assert config["format"] >= USERS_FORMAT, "its users are in no file of their own"
-        with closing(UsersFile(folder / config["content"] / USERS)) as file:
-            records = file.records().get(user)
-            parts = file.delete(user)
-        trained_on = config.get("trained_on", [])
-        if user in trained_on:
-            config["trained_on"] = [name for name in trained_on if name != user]
-            config["sha256"] = _config_sha256(config)
-            _write_new(folder / CONFIG, json.dumps(config, indent=1, allow_nan=False).encode())
-        elif not parts:
-            return None
-        return {"heads": parts - (records is not None), "records": len(records or ())}
-
-
 @contextmanager
-def _locked(folder: Path, seconds: float = 30.0) -> Iterator[None]:
+def locked(folder: Path, seconds: float = 30.0) -> Iterator[None]:
     """No other process writes the bundle meanwhile."""
     try:
         with FileLock(folder / LOCK).acquire(timeout=seconds):
@@ -162,14 +118,15 @@ def _locked(folder: Path, seconds: float = 30.0) -> Iterator[None]:
         raise BundleError(f"{folder}: {fault}") from None
 
 
-def _changed(folder: Path) -> BundleError:
+def changed(folder: Path) -> BundleError:
+    """What is raised where another process has changed the bundle."""
     return BundleError(
         f"{folder}: was changed by another process since it was read, and would lose that:"
         " the same command again continues, the LLM's answers are in the cache"
     )
 
 
-def _version(folder: Path, config: Mapping[str, Any]) -> str:
+def version_of(folder: Path, config: Mapping[str, Any]) -> str:
     """Of all but the users, and of these."""
     users = folder / str(config.get("content")) / USERS
     return f"{config.get('sha256')}:{change_counter(users) if users.is_file() else 0}"
@@ -237,10 +194,9 @@ def _replace(folder: Path, files: BundleFiles) -> str:
         for path in [*content.rglob("*"), content]:
             _sync(path)
         config = _complete(content, files)
-        text = json.dumps(config, indent=1, allow_nan=False)
-        _write_new(folder / CONFIG, text.encode())  # from here on the new bundle counts
+        write_config(folder, config)  # from here on the new bundle counts
         _write_new(folder / CARD, files.card.encode())
-        return _version(folder, config)
+        return version_of(folder, config)
     finally:
         _remove_stale(folder)
 
@@ -265,8 +221,13 @@ def _complete(content: Path, files: BundleFiles) -> dict[str, Any]:
         entry = {"sha256": _sha256(path), "bytes": path.stat().st_size}
         config["files"][path.relative_to(content).as_posix()] = entry
     # as it will be read: JSON has neither tuples nor NaN
-    config = json.loads(json.dumps(config), parse_constant=lambda _: None)
-    return {**config, "sha256": _config_sha256(config)}
+    return dict(json.loads(json.dumps(config), parse_constant=lambda _: None))
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Replace the config by one rename; it gets its `sha256`."""
+    config["sha256"] = _config_sha256(config)
+    _write_new(folder / CONFIG, json.dumps(config, indent=1, allow_nan=False).encode())
 
 
 def _config_sha256(config: Mapping[str, Any]) -> str:
@@ -355,7 +316,7 @@ def _read(folder: Path, text: bytes) -> BundleFiles:
         card = (content / CARD).read_text(encoding="utf-8")
         with _reported(content / WEIGHTS, "damaged", errors=(SafetensorError,)):
             tensors = load_file(content / WEIGHTS)
-        encoder, version = _load_encoder(content, config), _version(folder, config)
+        encoder, version = _load_encoder(content, config), version_of(folder, config)
         if config["format"] < USERS_FORMAT:
             records = _read_history(content / HISTORY)
             return BundleFiles(config, tensors, records, card, encoder, {}, version)

@@ -96,7 +96,7 @@ class Rounds:
     def __str__(self) -> str:
         asked, left, calls = (self.report[name] for name in ("queries", "left", "saved_calls"))
         if not left:
-            return f"all {asked} queries were labelled, as labels helped to the end"
+            return f"all {asked} queries were labelled"
         last = self.report["rounds"][-1]
         gained = f"{last['gained']:.4f} ± {last['error']:.4f}"
         why = f"the last labels lowered the loss of held-out users by {gained}"
