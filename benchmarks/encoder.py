@@ -23,6 +23,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,10 +36,10 @@ from publish import BASELINE, report
 from scipy.stats import spearmanr
 
 from hydra_llm.bundle import Bundle
-from hydra_llm.config import load_settings
 from hydra_llm.datasets.native import load
 from hydra_llm.history import before
 from hydra_llm.model.encoder import Encoder, open_encoder
+from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.select import all_labels
 from hydra_llm.types import Query
 
@@ -154,8 +155,10 @@ def compare_scores(place: Path, data: Path) -> list[Row]:
     vectors: dict[str, np.ndarray] = {}
     for precision in PRECISIONS:
         with tempfile.TemporaryDirectory() as cache:
-            here = load_settings(encoder_precision=precision, cache=cache)
-            bundle = Bundle.load(place, here=here)
+            plain = Bundle.load(place, cache=Path(cache))
+            encoder = plain.features.encoder.at(precision)  # type: ignore[arg-type]
+            features = FeatureCache(encoder, Path(cache) / "other.sqlite")
+            bundle = replace(plain, features=features)
             queries = [
                 query
                 for user in bundle.records

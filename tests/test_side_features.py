@@ -218,7 +218,7 @@ FREE = Task(
     ),
     st.data(),
 )
-def test_pasts_share_one_array_and_are_as_vectorized_alone(
+def test_pasts_share_arrays_and_are_as_alone(
     task: Task, drawn: list[tuple[str, int]], data: st.DataObject
 ) -> None:
     own = maker(task)

@@ -74,7 +74,7 @@ def test_long_histories_have_the_scores_of_bm25s(size: int) -> None:
 
 @settings(deadline=None)
 @given(texts, text, st.data())
-def test_appending_and_pasts_are_as_indexes_of_their_own(
+def test_appended_texts_and_pasts_are_as_indexed_alone(
     texts: list[str], query: str, data: st.DataObject
 ) -> None:
     """Whatever was asked in between, and however many texts came at once."""
@@ -130,7 +130,7 @@ def test_a_deleted_record_leaves_no_text_behind(gone: int) -> None:
     assert records[gone].input not in held_by(retriever)
 
 
-def test_an_edited_or_removed_record_drops_the_index_that_held_it() -> None:
+def test_an_edited_record_drops_the_index_that_held_it() -> None:
     records = [Record("u", str(n), f"text{n}", "", position=n) for n in range(4)]
     retriever, query = BM25(), Query("u", "q", "text2")
     retriever.retrieve(query, records, 1)

@@ -306,3 +306,19 @@ def test_a_secret_may_be_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PGPASSWORD_FILE", str(tmp_path / "none"))
     with pytest.raises(SettingsError, match="PGPASSWORD_FILE .*none: No such file"):
         read_secret_files()
+
+
+@pytest.mark.parametrize(("length", "warned"), [(16, True), (31, True), (32, False), (0, False)])
+def test_a_short_admin_key_is_warned_of(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    length: int,
+    warned: bool,
+) -> None:
+    monkeypatch.setenv("HYDRA_ADMIN_KEY", "k" * length)
+    folder = ["--store", f"sqlite:///{tmp_path}"]  # where no store can be: the server ends
+    assert run(["serve", "--llm", "fake:echo", *folder, "--port", "0"]) != 0
+    said = capsys.readouterr().err
+    assert ("warning: HYDRA_ADMIN_KEY has fewer than 32 characters" in said) == warned
+    assert "kkk" not in said

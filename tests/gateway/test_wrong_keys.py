@@ -17,7 +17,7 @@ from .conftest import running
 from .dashboard import visiting
 
 pytestmark = pytest.mark.anyio
-MOST = ServeSettings().wrong_keys_per_minute or 0
+MOST = ServeSettings().wrong_keys_per_minute
 
 
 def from_address(app: Any, address: str) -> httpx2.AsyncClient:
@@ -97,7 +97,7 @@ async def test_wrong_keys_are_slowed_down_at_the_sign_in(store: Store) -> None:
 
 async def test_there_may_be_no_limit(store: Store) -> None:
     make_key(store, admin=True)
-    async with running(store, wrong_keys_per_minute=None) as world:
+    async with running(store, wrong_keys_per_minute=0) as world:
         assert await tried(world.http, "hk-x", 50) == [401] * 50
 
 

@@ -5,6 +5,7 @@ import pty
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from hydra_llm.config import Settings, load_settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import SettingsError
 from hydra_llm.model.feature_cache import FeatureCache
+from hydra_llm.model.heads import make_head
+from hydra_llm.model.interactions import LabelBilinear, make_interaction
+from hydra_llm.model.scorer import Scorer
 from hydra_llm.personalizer import Personalizer
 from hydra_llm.tasks.base import Task
 from hydra_llm.training import encode
@@ -142,6 +146,9 @@ from pathlib import Path
 from hydra_llm.cli.console import progress
 from hydra_llm.model.encoder import open_encoder
 from hydra_llm.model.feature_cache import FeatureCache
+from hydra_llm.model.heads import make_head
+from hydra_llm.model.interactions import LabelBilinear, make_interaction
+from hydra_llm.model.scorer import Scorer
 from hydra_llm.training import encode
 encode.AT_ONCE = 16
 texts = [f"number {i} of many texts about rain and harbours" for i in range(160)]
@@ -169,3 +176,19 @@ def test_a_terminal_shows_the_rate_and_the_time_that_remains(tmp_path: Path) -> 
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.decode())
     assert re.search(r"encode texts .*\d+/160 .*[\d.]+/s, \d+ s left", plain)
     assert encode.STAGE == "encode texts"
+
+
+@pytest.mark.slow
+def test_a_bundle_that_knows_texts_by_their_vectors_has_one_precision(
+    data: DataSet, tmp_path: Path, shared_minilm: None
+) -> None:
+    bundle = learned(data, tmp_path, [])
+    adapter = bundle.scorers["adapter"]
+    assert isinstance(adapter.interaction, LabelBilinear)
+    shape = {**adapter.interaction.config(), "texts": 2, "own_rank": 3}
+    interaction = make_interaction(shape)
+    knowing = Scorer(interaction, make_head("linear", interaction), adapter.side_names)
+    replace(bundle, scorers={"adapter": knowing}, heads={}).save(tmp_path / "knowing")
+    assert Bundle.load(tmp_path / "knowing", here=settings(tmp_path)).precision == "fp32"
+    with pytest.raises(SettingsError, match="the bundle was learned with fp32, not bf16"):
+        Bundle.load(tmp_path / "knowing", here=settings(tmp_path, encoder_precision="bf16"))

@@ -289,14 +289,14 @@ class WrongKeys:
     bucket. Any thread may call.
     """
 
-    def __init__(self, per_minute: int | None, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic):
         self._per_minute, self._clock = per_minute, clock
         self._left: LRUCache[str, tuple[float, float]] = LRUCache(LIMITED_KEYS)
         self._lock = threading.Lock()
 
     def check(self, address: str, *, count: bool = True) -> None:
         """Count a wrong key, unless not `count`; `ApiError` 429 where there were too many."""
-        if self._per_minute is None:
+        if not self._per_minute:  # no limit
             return
         now = self._clock()
         with self._lock:

@@ -124,8 +124,8 @@ class ServeSettings(config.Group):
     """Max records that one call may add."""
     max_text: int = Field(default=100_000, ge=1)
     """Max characters of a record's input or output."""
-    wrong_keys_per_minute: int | None = Field(default=20, ge=1)
-    """Wrong keys an address may send per minute and server process, then 429; None is no limit."""
+    wrong_keys_per_minute: int = Field(default=20, ge=0)
+    """Wrong keys an address may send per minute and server process, then 429; 0 is no limit."""
     requests_per_minute: int | None = Field(default=None, ge=1)
     """Rate limit per key, of all servers of the store together; None is no limit."""
     key_limits: str = ""
