@@ -45,7 +45,7 @@ repetitions, and the gate, on which no other figure depends, is newer than the r
 """
 NEWER = re.compile(
     r"(users_tested|calibration|differences)(\..*)?|comparisons|best_prompts"
-    r"|methods\..*\.holm|findings\.\d+"
+    r"|methods\..*\.holm|findings\.\d+|learning\.\d+\.\w+\.(prior|loss_user)_error"
 )
 """Paths of values that reports have only had since the results were published: if they are not in
 the published report, they are not compared.

@@ -6,14 +6,19 @@ all users do. The preferences can be learned from the texts, and the probability
 known, so that a log-loss can be compared with the best possible one.
 """
 
+import gzip
+import json
 import math
 import random
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
@@ -63,6 +68,13 @@ HEADLINE = Task(
     ("rouge1",),
 )
 CANDIDATES = 8
+LIKES = Task(
+    "likes",
+    "classification",
+    "Would this person like the following text? {input}",
+    ("no", "yes"),
+    ("accuracy",),
+)
 
 
 def words(topics: Sequence[str], count: int, rng: random.Random) -> str:
@@ -225,6 +237,69 @@ def _histories(
                 words(topics, 20, rng),
                 topic if task.labels else words([topic], 10, rng),
             )
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Texts that the users of a large simulated data set are asked about; two topics each."""
+
+    texts: list[str]
+    topics: NDArray[np.int64]  # [T, 2] places in `LABELS`
+
+    @staticmethod
+    def of(count: int, seed: int) -> "Pool":
+        rng = random.Random(f"pool {seed}")
+        pairs = [rng.sample(range(len(LABELS)), 2) for _ in range(count)]
+        texts = [words([LABELS[place] for place in pair], 12, rng) for pair in pairs]
+        return Pool(texts, np.array(pairs))
+
+
+def hashed_vectors(texts: Sequence[str], width: int) -> NDArray[np.float32]:
+    """[N, width] unit rows: sums of a random vector for each word, a cheap stand-in for an
+    encoder's.
+    """
+    rows = np.zeros((len(texts), width), dtype=np.float32)
+    for row, text in zip(rows, texts, strict=True):
+        for word in text.split():
+            row += _word_vector(word, width)
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(rows / np.maximum(length, 1e-9), dtype=np.float32)
+
+
+@lru_cache(maxsize=100_000)
+def _word_vector(word: str, width: int) -> NDArray[np.float32]:
+    draw = np.random.default_rng(zlib.crc32(word.encode()))
+    return draw.standard_normal(width).astype(np.float32)
+
+
+def write_simulated(
+    folder: Path, pool: Pool, users: int, records: int, *, new: int = 0, seed: int = 0
+) -> None:
+    """Write a data set of `LIKES`, a user at a time: `users` training users and `new` new ones with
+    `records` records each, drawn from the pool. A user likes a text by lot, with the odds of the
+    sum of what the user thinks of its topics; two thirds of the variance of these are individual.
+    """
+    folder.mkdir(parents=True)
+    (folder / "task.json").write_text(json.dumps(LIKES.to_json()), encoding="utf-8")
+    common = np.random.default_rng(0).normal(0, 1.0, len(LABELS))
+    with (
+        (folder / "users.jsonl").open("w", encoding="utf-8") as names,
+        gzip.open(folder / "history.jsonl.gz", "wt", compresslevel=1, encoding="utf-8") as rows,
+        gzip.open(folder / "queries.jsonl.gz", "wt", compresslevel=1, encoding="utf-8") as asked,
+    ):
+        asked.write("")
+        for number in range(users + new):
+            name, draw = f"p{number}", np.random.default_rng((seed, number))
+            split = "train" if number < users else "test"
+            names.write(json.dumps({"user": name, "split": split}) + "\n")
+            taste = common + draw.normal(0, 1.4, len(LABELS))
+            places = draw.integers(len(pool.texts), size=records)
+            odds = taste[pool.topics[places]].sum(1)
+            likes = draw.random(records) < 1 / (1 + np.exp(-odds))
+            for at, (place, liked) in enumerate(zip(places.tolist(), likes.tolist(), strict=True)):
+                time, text = str(1_600_000_000 + 86_400 * at), pool.texts[place]
+                fields = {"user": name, "id": str(at), "time": time, "input": text}
+                rows.write(json.dumps({**fields, "output": LIKES.labels[liked]}) + "\n")
 
 
 def learn_scorer(

@@ -12,7 +12,7 @@ from hydra_llm.model.heads import make_head
 from hydra_llm.model.heads.linear import LinearHead
 from hydra_llm.model.interactions import Groups, LabelBilinear, make_interaction, places_among
 from hydra_llm.model.scorer import Scorer
-from hydra_llm.training import strengths
+from hydra_llm.training import calibration, strengths
 from hydra_llm.training.calibration import HeldOut, expected_calibration_error
 from hydra_llm.training.convex import fit_base, fit_heads, shared_precision
 from hydra_llm.training.dataset import TrainingSet
@@ -159,9 +159,9 @@ def test_repeating_users_groups_makes_nothing_surer() -> None:
     draw = torch.Generator().manual_seed(0)
     values = torch.randn(30, generator=draw)
     users = [f"u{i}" for i in range(30)]
-    error = strengths.error_by_users(values, users)
+    error = calibration.error_by_users(values, users)
     assert float(error) == pytest.approx(float(values.std(correction=0)) / 30**0.5, rel=1e-5)
-    again = strengths.error_by_users(values.repeat(4), users * 4)
+    again = calibration.error_by_users(values.repeat(4), users * 4)
     assert float(again) == pytest.approx(float(error), rel=1e-5)
 
 

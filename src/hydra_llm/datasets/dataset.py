@@ -1,16 +1,21 @@
-"""A data set in memory, and the `Builder` that checks every entry, whatever file it came from."""
+"""A data set, whose users' entries are read when they are asked for, and the `Builder` that checks
+every entry, whatever file it came from.
+"""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from cachetools import LRUCache
+
 from hydra_llm.errors import DataError, SettingsError, UnknownUser
 from hydra_llm.history import as_record, in_order, parse_time, precedes
+from hydra_llm.rows import Lazy, Rows
 from hydra_llm.tasks.base import Task
 from hydra_llm.text import text_fault
 from hydra_llm.types import Choice, Query, Record
@@ -21,6 +26,7 @@ Part = Literal["history", "queries"]
 PARTS: tuple[Part, ...] = ("history", "queries")
 FIELDS = ("user", "id", "time", "input", "output")
 Fields = Mapping[str, Any]  # the `FIELDS` of an entry, all texts; of a choice `candidates` too
+KNOWN_IDS = 10_000  # users whose ids stay in memory while entries are added
 Report = Callable[[DataError], None]  # raises a fault (`stop`), or keeps it (`data check`)
 
 Entry = TypeVar("Entry", Record, Query)
@@ -60,7 +66,7 @@ class DataSet:
 
     task: Task
     splits: Mapping[str, Split]  # user to `train` or `test`, in the order of the file
-    _records: Mapping[str, Sequence[Record]]
+    _records: Mapping[str, Sequence[Record]]  # of users who have some
     _queries: Mapping[str, Sequence[Query]]
     notes: Sequence[str] = ()  # one line for each thing that the reader changed or left out
 
@@ -83,6 +89,10 @@ class DataSet:
             raise SettingsError(f"unknown split '{split}': take train or test")
         return [user for user, own in self.splits.items() if split in (None, own)]
 
+    def with_records(self, split: str | None = None) -> list[str]:
+        """The users, all or those of one split, who have records; none of these is read."""
+        return [user for user in self.users(split) if user in self._records]
+
     def history(self, user: str) -> list[Record]:
         """The user's records, oldest first. Raises UnknownUser."""
         return in_order(self._own(self._records, user))
@@ -98,6 +108,14 @@ class DataSet:
             if q.gold is not None:
                 records.append(as_record(q, f"query:{q.id}"))
         return in_order(records)
+
+    def histories(self, users: Iterable[str]) -> Mapping[str, list[Record]]:
+        """`history` of each of these users, read when it is asked for."""
+        return Lazy(users, self.history)
+
+    def all_answered(self, users: Iterable[str]) -> Mapping[str, list[Record]]:
+        """`answered` of each of these users, read when it is asked for."""
+        return Lazy(users, self.answered)
 
     def stream_history(self) -> Iterator[Record]:
         """Every record, user by user, in file order."""
@@ -129,7 +147,8 @@ class DataSet:
             kept[user] = [own for own in self.queries(user) if bool(own.offered) == choices]
             left = [own for own in self.queries(user) if bool(own.offered) != choices]
             known = [as_record(q, f"query:{q.id}") for q in left if q.gold and split == "train"]
-            records[user] = [*self._own(self._records, user), *known]
+            if own := [*self._own(self._records, user), *known]:
+                records[user] = own
         same = all(len(kept[user]) == len(self.queries(user)) for user in self.splits)
         return self if same else replace(self, _queries=kept, _records=records)
 
@@ -142,7 +161,8 @@ class DataSet:
             asked = self.queries(user)
             early = [r for r in records[user] if all(precedes(r, query) for query in asked)]
             records[user] = early[max(0, len(early) - count) :]
-        return replace(self, _records=records)
+        kept = {user: own for user, own in records.items() if own}
+        return replace(self, _records=kept)
 
     def _own(self, entries: Mapping[str, Sequence[Entry]], user: str) -> Sequence[Entry]:
         if user not in self.splits:
@@ -209,8 +229,10 @@ class Builder:
 
     def __init__(self, task: Task, splits: Mapping[str, Split]):
         self.task, self.splits = task, dict(splits)
-        self._entries: dict[Part, dict[str, list[Fields]]] = {part: {} for part in PARTS}
-        self._ids: set[tuple[Part, str, str]] = set()
+        self._history = Rows(_as_records)
+        self._queries = Rows(partial(_as_queries, self._history))
+        self._rows: dict[Part, Rows[Any]] = {"history": self._history, "queries": self._queries}
+        self._ids: LRUCache[tuple[Part, str], set[str]] = LRUCache(KNOWN_IDS)
 
     def add_user(self, rows: Sequence[Row], query_share: float = 0.2) -> None:
         """Add a user's entries, oldest first; the last ones become queries."""
@@ -233,7 +255,8 @@ class Builder:
             entry = {**entry, "candidates": [self._tidy(text) for text in entry["candidates"]]}
         if user and user not in self.splits:
             faults.append(("user", f"'{user}' is not among the data set's users"))
-        if (part, user, id) in self._ids:
+        ids = self._known_ids(part, user)
+        if id in ids:
             faults.append(("id", f"user '{user}' has the id '{id}' twice"))
         if fault := time_fault(time):
             faults.append(("time", fault))
@@ -246,8 +269,15 @@ class Builder:
         for name, message in faults:
             place.fault(message, name)
         if not faults:
-            self._entries[part].setdefault(user, []).append(entry)
-            self._ids.add((part, user, id))
+            own = [entry["candidates"]] if "candidates" in entry else []
+            self._rows[part].add(user, [id, time, entry["input"], output, *own])
+            ids.add(id)
+
+    def _known_ids(self, part: Part, user: str) -> set[str]:
+        """The ids of a user's entries so far; those of the latest users are kept."""
+        if (part, user) not in self._ids:
+            self._ids[part, user] = {row[0] for row in self._rows[part].raw(user)}
+        return self._ids[part, user]
 
     def _tidy(self, output: str) -> str:
         """The label that is meant: "5.0" is the label "5"; any other text as it is."""
@@ -256,21 +286,26 @@ class Builder:
 
     def build(self, notes: Sequence[str] = ()) -> DataSet:
         """The data set of all entries taken. A user's queries come after all of its history."""
-        history, queries = (self._entries[part] for part in PARTS)
-        own = {user: _parse(rows, 0) for user, rows in history.items()}
-        records = {user: [as_record(q, q.id) for q in queries] for user, queries in own.items()}
-        first = {user: len(rows) for user, rows in history.items()}
-        of_users = {user: _parse(rows, first.get(user, 0)) for user, rows in queries.items()}
-        return DataSet(self.task, self.splits, records, of_users, notes)
+        return DataSet(self.task, self.splits, self._history, self._queries, notes)
 
 
-def _parse(rows: Iterable[Fields], first: int) -> list[Query]:
-    """The entries, whose positions start at `first`."""
+def _as_records(user: str, rows: Iterable[list[Any]]) -> list[Record]:
+    return [as_record(query, query.id) for query in _parse(user, rows, 0)]
+
+
+def _as_queries(history: Rows[Record], user: str, rows: Iterable[list[Any]]) -> list[Query]:
+    return _parse(user, rows, history.count(user))
+
+
+def _parse(user: str, rows: Iterable[list[Any]], first: int) -> list[Query]:
+    """The entries, whose positions start at `first`; a row is id, time, input, output and, of a
+    choice, its candidates.
+    """
     entries = []
-    for position, row in enumerate(rows, first):
-        user, id, time, input, output = (row[name] for name in FIELDS)
-        shown, span = tuple(row.get("candidates", ())), parse_time(time)
-        entries.append(Query(user, id, input, output, time, span, position, shown))
+    for position, (id, time, input, output, *shown) in enumerate(rows, first):
+        offered = tuple(shown[0]) if shown else ()
+        span = parse_time(time)
+        entries.append(Query(user, id, input, output, time, span, position, offered))
     return entries
 
 

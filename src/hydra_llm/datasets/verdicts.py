@@ -3,10 +3,10 @@ is, or is not, with its number and what to do. Knows no files.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from statistics import median
-from typing import Literal
+from typing import Literal, Self
 
 from hydra_llm.datasets.choices import shown
 from hydra_llm.datasets.dataset import DataSet, offered
@@ -39,18 +39,49 @@ class Verdict:
 
 def verdicts(dataset: DataSet) -> list[Verdict]:
     """What the data set is enough for; errors first, then warnings."""
-    records, queries = list(dataset.stream_history()), list(dataset.stream_queries())
+    totals = _Totals.of(dataset)
     found = [
         _training_users(dataset),
         *_new_users(dataset),
-        *_records(dataset),
-        *_answers(dataset, records),
-        *_labels(dataset, records),
+        *_records(totals),
+        *_answers(dataset, totals),
+        *_labels(dataset, totals),
         *_choices(dataset),
-        *_entries(records, [*records, *queries]),
+        *_entries(totals),
         *_names(dataset.users(), "users"),
     ]
     return sorted(found, key=lambda own: ("error", "warning", "ok").index(own.severity))
+
+
+@dataclass
+class _Totals:
+    """What is counted of all entries, user by user: none of them stays in memory."""
+
+    records: list[int] = field(default_factory=list)  # of each user who has some
+    outputs: Counter[str] = field(default_factory=Counter)  # of the records
+    one_output: int = 0  # users with several records, all with one output
+    repeated: int = 0  # records that repeat one of their user's
+    entries: int = 0  # records and queries
+    untimed: int = 0
+    early: int = 0  # in the first year since 1970, though not written so
+
+    @classmethod
+    def of(cls, dataset: DataSet) -> Self:
+        totals = cls()
+        for user in dataset.users():
+            own = dataset.history(user)
+            if own:
+                totals.records.append(len(own))
+            given = Counter(record.output for record in own)
+            totals.outputs.update(given)
+            totals.one_output += len(own) > 1 and len(given) == 1
+            totals.repeated += len(own) - len({(r.input, r.output) for r in own})
+            entries: list[Record | Query] = [*own, *dataset.queries(user)]
+            for entry in entries:
+                totals.entries += 1
+                totals.untimed += entry.span == ALWAYS
+                totals.early += 0 <= entry.span[0] < YEAR and entry.time[:4] != "1970"
+        return totals
 
 
 def doubts(dataset: DataSet, *, of_learning: bool = False) -> list[Verdict]:
@@ -62,7 +93,7 @@ def doubts(dataset: DataSet, *, of_learning: bool = False) -> list[Verdict]:
 
 def _training_users(dataset: DataSet) -> Verdict:
     name = "training users"
-    count = sum(bool(dataset.history(user)) for user in dataset.users("train"))
+    count = len(dataset.with_records("train"))
     if not count:
         return Verdict("error", name, 0, "none has records: nothing can be learned; add some")
     if count < LEARN_USERS:
@@ -87,10 +118,9 @@ def _new_users(dataset: DataSet) -> Iterator[Verdict]:
         yield Verdict("ok", "new users", users, f"{users} with {queries} queries are enough")
 
 
-def _records(dataset: DataSet) -> Iterator[Verdict]:
-    counts = [len(own) for user in dataset.users() if (own := dataset.history(user))]
-    if counts:
-        middle = median(counts)
+def _records(totals: _Totals) -> Iterator[Verdict]:
+    if totals.records:
+        middle = median(totals.records)
         if middle < FEW_RECORDS:
             why = f"half of the users have {middle:g} or fewer: there is little to choose from"
             yield Verdict("warning", "records", middle, f"{why}; {FEW_RECORDS} or more are better")
@@ -98,33 +128,33 @@ def _records(dataset: DataSet) -> Iterator[Verdict]:
             yield Verdict("ok", "records", middle, f"{middle:g} per user in the median are enough")
 
 
-def _answers(dataset: DataSet, records: Collection[Record]) -> Iterator[Verdict]:
+def _answers(dataset: DataSet, totals: _Totals) -> Iterator[Verdict]:
     """Whether answers differ, over all users and for each."""
+    records = sum(totals.records)
     if not records or dataset.task.free_history:
         return
-    (common, most), *others = Counter(record.output for record in records).most_common()
+    (common, most), *others = totals.outputs.most_common()
     named = f"'{fold(common)[:40]}'"
-    share = most / len(records)
-    if not others and len(records) > 1:
+    share = most / records
+    if not others and records > 1:
         why = f"all are {named}: there is nothing to learn; is it the right field?"
         yield Verdict("error", "answers", 1.0, why)
     elif share >= NEAR_CONSTANT:
         why = f"{share:.1%} are {named}: always giving it is hard to beat"
         yield Verdict("warning", "answers", round(share, 4), f"{why}; macro-F1 shows the others")
     elif dataset.task.labels:
-        several = [own for user in dataset.users() if len(own := dataset.history(user)) > 1]
-        single = sum(len({record.output for record in own}) == 1 for own in several)
-        if several and single / len(several) >= ONE_LABEL:
-            why = f"{single} of {len(several)} users have one label in all of their records"
+        several, single = sum(count > 1 for count in totals.records), totals.one_output
+        if several and single / several >= ONE_LABEL:
+            why = f"{single} of {several} users have one label in all of their records"
             fix = "their own majority is hard to beat, see user-majority in the benchmark"
             yield Verdict("warning", "one-label users", single, f"{why}: {fix}")
 
 
-def _labels(dataset: DataSet, records: Collection[Record]) -> Iterator[Verdict]:
-    labels = dataset.task.labels
-    rare = len(labels) > FEW_LABELS and len(labels) * RECORDS_PER_LABEL > len(records)
+def _labels(dataset: DataSet, totals: _Totals) -> Iterator[Verdict]:
+    labels, records = dataset.task.labels, sum(totals.records)
+    rare = len(labels) > FEW_LABELS and len(labels) * RECORDS_PER_LABEL > records
     if rare or len(labels) > MANY_LABELS:
-        why = f"{len(labels):,} labels for {len(records):,} records are many"
+        why = f"{len(labels):,} labels for {records:,} records are many"
         fix = "if they are texts, import them with --kind generation, else join rare ones"
         yield Verdict("warning", "labels", len(labels), f"{why}: {fix}")
     yield from _names(labels, "labels")
@@ -170,15 +200,15 @@ def _names(names: Iterable[str], what: str) -> Iterator[Verdict]:
         yield Verdict("warning", what, len(twice), f"{why}: if they are one, write them alike")
 
 
-def _entries(records: Collection[Record], entries: Collection[Record | Query]) -> Iterator[Verdict]:
-    repeated = len(records) - len({(r.user, r.input, r.output) for r in records})
-    if records and repeated / len(records) >= DUPLICATES:
-        why = f"{repeated} of {len(records)} repeat one of their user's: leave them out"
-        yield Verdict("warning", "duplicates", repeated, why)
-    if untimed := sum(entry.span == ALWAYS for entry in entries):
-        why = f"{untimed} of {len(entries)} records and queries have none"
+def _entries(totals: _Totals) -> Iterator[Verdict]:
+    records, entries = sum(totals.records), totals.entries
+    if records and totals.repeated / records >= DUPLICATES:
+        why = f"{totals.repeated} of {records} repeat one of their user's: leave them out"
+        yield Verdict("warning", "duplicates", totals.repeated, why)
+    if untimed := totals.untimed:
+        why = f"{untimed} of {entries} records and queries have none"
         fix = "the order of the file counts, and recency says nothing (--time-field names a column)"
         yield Verdict("warning", "times", untimed, f"{why}: {fix}")
-    if early := sum(0 <= entry.span[0] < YEAR and entry.time[:4] != "1970" for entry in entries):
-        why = f"{early} of {len(entries)} lie in 1970: are they seconds since then?"
+    if early := totals.early:
+        why = f"{early} of {entries} lie in 1970: are they seconds since then?"
         yield Verdict("warning", "times in 1970", early, f"{why} Write dates as 2024-01-31")

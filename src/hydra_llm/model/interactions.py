@@ -13,7 +13,6 @@ their coding, T texts that recur. Knows no tasks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,29 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hydra_llm.model.feature_cache import FeatureCache
+from hydra_llm.model.groups import Groups as Groups
 from hydra_llm.model.laplace import mean_fisher
 
 Texts = Sequence[str]
 Encoded = tuple[Tensor, np.ndarray | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Groups:
-    """G groups of up to C candidates, padded."""
-
-    left: Tensor  # [G, D] the queries' vectors
-    right: Tensor | None  # [G, C, D] of candidates (tower) or pairs (cross); None: label features
-    side_features: Tensor  # [G, C, E] what is known of each pair beside its text
-    mask: Tensor  # [G, C] True where there is a candidate
-    target: Tensor | None = None  # [G, C] a distribution over the group, or (binary) 0 to 1 each
-
-    def __len__(self) -> int:
-        return len(self.mask)
-
-    def __getitem__(self, index: Tensor | slice | list[int]) -> "Groups":
-        right = None if self.right is None else self.right[index]
-        target = None if self.target is None else self.target[index]
-        return Groups(self.left[index], right, self.side_features[index], self.mask[index], target)
 
 
 class Interaction(nn.Module):
@@ -222,18 +203,24 @@ class LabelBilinear(Interaction):
         """z = [P(q − μ), 1], the part of φ that is not zero, and with known texts the place of q
         among them, −1 for others: [G, rank + 1 (+ 1)].
         """
-        z = (groups.left - self.mean) @ self.project.T
+        return groups.of_left(self._projected)
+
+    def _projected(self, left: Tensor) -> Tensor:
+        z = (left - self.mean) @ self.project.T
         parts = [z, torch.ones_like(z[:, :1])]
         if self.known is not None:
-            parts.append(places_among(groups.left, self.known)[:, None].to(z.dtype))
+            parts.append(places_among(left, self.known)[:, None].to(z.dtype))
         return torch.cat(parts, -1)
 
     def encode(self, store: FeatureCache, lefts: Texts, rights: Sequence[Texts]) -> Encoded:
         return torch.from_numpy(store.texts(list(lefts))), None
 
     def prepare(self, groups: Groups) -> None:
-        self.mean = groups.left.mean(0)
-        centred = groups.left - self.mean
+        left, times = groups.left, torch.ones(len(groups.left), 1)  # how often each text is asked
+        if groups.text is not None:
+            times = torch.bincount(groups.text, minlength=len(left))[:, None].to(left.dtype)
+        self.mean = (left * times).sum(0) / times.sum()
+        centred = (left - self.mean) * times.sqrt()
         _, directions = principal(centred.T @ centred, self.rank)
         # A component of a unit vector is about 1/sqrt(D): times sqrt(D)/5, one direction moves a
         # score as much as the constant.
@@ -381,8 +368,13 @@ def make_groups(
     mask = torch.arange(max(counts.tolist(), default=0)) < counts[:, None]
     rows = [np.asarray(columns, dtype=np.float32) for columns in side_features]
     side = _padded(np.concatenate(rows) if rows else np.zeros((0, 0)), mask)
-    left, right = interaction.encode(store, lefts, rights)
-    return Groups(left, None if right is None else _padded(right, mask), side, mask)
+    if not interaction.by_label:
+        left, right = interaction.encode(store, lefts, rights)
+        return Groups(left, None if right is None else _padded(right, mask), side, mask)
+    place = {text: at for at, text in enumerate(dict.fromkeys(lefts))}
+    text = torch.tensor([place[own] for own in lefts], dtype=torch.long)
+    left, _ = interaction.encode(store, list(place), rights)
+    return Groups(left, None, side, mask, text=text)
 
 
 def _padded(rows: np.ndarray, mask: Tensor) -> Tensor:

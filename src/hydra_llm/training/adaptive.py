@@ -26,11 +26,11 @@ from hydra_llm.llm.concurrency import Progress, StageProgress
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.pipeline import UserPipeline
 from hydra_llm.side_features import Featurizer
-from hydra_llm.training.calibration import HeldOut, VoteTable
+from hydra_llm.training.calibration import HeldOut, VoteTable, error_by_users
 from hydra_llm.training.choosing import some_of_each
 from hydra_llm.training.dataset import LabelledGroup, in_set_order
 from hydra_llm.training.labelling import Collected, merged
-from hydra_llm.training.strengths import Strengths, error_by_users
+from hydra_llm.training.strengths import Strengths
 from hydra_llm.training.train_scorer import LabelledData, refitted_losses, train_scorer
 from hydra_llm.types import Query
 

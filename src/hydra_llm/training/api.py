@@ -7,7 +7,8 @@ Both change none of their arguments. LLM calls go through the cache: a stopped r
 it was. `learn` and `fit` are the same from sync code.
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import random
+from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, wraps
 from itertools import chain
@@ -20,7 +21,6 @@ from hydra_llm.datasets.dataset import DataSet, offered
 from hydra_llm.datasets.native import load
 from hydra_llm.datasets.verdicts import doubts
 from hydra_llm.errors import DataError, SettingsError, UnknownUser
-from hydra_llm.history import in_order
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.concurrency import StageProgress, run_sync
 from hydra_llm.llm.none import NONE, is_none
@@ -29,6 +29,7 @@ from hydra_llm.model.encoder import open_encoder
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.persistence import check_place
 from hydra_llm.plugins import HEADS
+from hydra_llm.rows import LATEST
 from hydra_llm.side_features import fit_stats, texts_of_stats
 from hydra_llm.tasks.base import Task
 from hydra_llm.training.encode import STAGE, encode_ahead, encode_histories
@@ -68,24 +69,44 @@ async def alearn(
     if out is not None:
         check_place(Path(out))
     settings, data, model = _opened(dataset, llm, settings)
-    users = data.users("train")[: settings.users]
-    records = {user: data.answered(user) for user in users if data.history(user)}
-    _check_learnable(model, data.task, records)
-    _warn(data, warn)
-    blank = blank_bundle(data.task, model, settings, records, progress)
-    notes = _lacking(users, records, "have no records and were left out")
-    learned = Learned(replace(blank, trained_on=tuple(records)), tuple(records), notes=notes)
+    learned, users = _begun(data, model, settings, progress, warn)
     asked = asked_about(data, settings, learned.users[: settings.labelled_users])
-    weak = settings.reranker_labels == "history" and settings.rerank != "never"
-    every = list(chain.from_iterable(records.values()))
-    encode_histories(blank, every, progress, ranks=weak and not is_none(model))
-    await Work(learned, model, progress, out, strengths, asked).learn(first)
-    blank.features.progress = None
-    counts = {"users": len(records), "calls": learned.usage.calls, "cached": learned.usage.cached}
+    work = Work(learned, model, progress, out, strengths, asked)
+    checkpoint = await work.learn_from(users, first)
+    learned.bundle.features.progress = None
+    counts = {"users": len(users), "calls": learned.usage.calls, "cached": learned.usage.cached}
     learned.report(**counts, stages=learned.stages_json())
     if out is not None:
         learned.bundle.save(out)
+        if checkpoint is not None:
+            checkpoint.remove()
     return learned
+
+
+def _begun(
+    data: DataSet,
+    llm: ChatLLM,
+    settings: Settings,
+    progress: StageProgress,
+    warn: Callable[[str], None],
+) -> tuple[Learned, list[str]]:
+    """A blank bundle of the users from whom what is shared is to be learned, and the names of all
+    training users with records.
+    """
+    named, with_records = data.users("train")[: settings.users], set(data.with_records("train"))
+    users = [user for user in named if user in with_records]
+    records = data.all_answered(users)
+    _check_learnable(llm, data.task, records)
+    for doubt in doubts(data, of_learning=True):
+        warn(f"data {doubt.severity}: {doubt}")
+    base = sampled_users(users, settings)
+    blank = blank_bundle(data.task, llm, settings, records, progress, base)
+    blank = replace(blank, trained_on=tuple(base))
+    weak = settings.reranker_labels == "history" and settings.rerank != "never"
+    every = list(chain.from_iterable(records[user] for user in base))
+    encode_histories(blank, every, progress, ranks=weak and not is_none(llm))
+    notes = _lacking(named, with_records, "have no records and were left out")
+    return Learned(blank, blank.trained_on, notes=notes), users
 
 
 async def afit(
@@ -116,13 +137,12 @@ async def afit(
     if unknown := [name for name in names if name not in data.splits]:
         known = f"the data set has {len(data.splits)} users, see `hydra-llm data check`"
         raise UnknownUser(f"unknown user '{unknown[0]}': {known}")
-    own = {name: in_order(data.history(name)) for name in names}
-    notes = _lacking(names, own, "have no records: they get the shared head")
-    given = replace(given, records=Overlaid(own, given.records))
-    learned = Learned(given, tuple(names), notes=notes)
-    every, features = list(chain.from_iterable(own.values())), given.features
-    encode_histories(given, every, progress, ranks=given.reranker is not None)
-    features.progress = partial(progress, STAGE)  # of pairs, which are known only now
+    own, with_records = data.histories(names), set(data.with_records())
+    lacking = _lacking(names, with_records, "have no records: they get the shared head")
+    few = dict(own) if len(own) <= LATEST else own
+    given = replace(given, records=Overlaid(few, given.records))
+    learned, features = Learned(given, tuple(names), notes=lacking), given.features
+    features.progress = partial(progress, STAGE)
     await Work(learned, model, progress).fit()
     features.progress = None
     if not isinstance(bundle, Bundle):
@@ -150,16 +170,27 @@ def blank_bundle(
     settings: Settings,
     records: Mapping[str, Sequence[Record]],
     progress: StageProgress = silent,
+    base: Sequence[str] | None = None,
 ) -> Bundle:
-    """A bundle that has learned nothing: all that prompts need."""
+    """A bundle that has learned nothing: all that prompts need. `base` are the users whose
+    statistics count, by default all.
+    """
     encoder = open_encoder(settings.encoder, **settings.of_encoder)
     store = FeatureCache(encoder, settings.cache / "features.sqlite")
     store.progress = partial(progress, STAGE)
-    histories = list(records.values())
+    histories = [records[user] for user in (records if base is None else base)]
     encode_ahead(store, texts_of_stats(histories), progress)
     stats = fit_stats(task, store, histories)
     bundle = Bundle(task, settings, dict(llm.identity), store, stats, records=records)
     return replace(bundle, precision=encoder.precision)
+
+
+def sampled_users(users: Sequence[str], settings: Settings) -> list[str]:
+    """Those from whom all that is shared is learned, in order: all, or `base_users` by lot."""
+    if len(users) <= settings.base_users:
+        return list(users)
+    places = random.Random(settings.training_seed).sample(range(len(users)), settings.base_users)
+    return [users[place] for place in sorted(places)]
 
 
 def _opened(
@@ -190,12 +221,7 @@ def _check_learnable(llm: ChatLLM, task: Task, records: Mapping[str, Sequence[Re
         raise DataError(f"without an LLM there are no recorded choices to learn from: {fix}")
 
 
-def _warn(data: DataSet, warn: Callable[[str], None]) -> None:
-    for doubt in doubts(data, of_learning=True):
-        warn(f"data {doubt.severity}: {doubt}")
-
-
-def _lacking(users: Sequence[str], records: Mapping[str, Sequence[Record]], fate: str) -> list[str]:
-    without = [user for user in users if not records.get(user)]
+def _lacking(users: Sequence[str], known: Container[str], fate: str) -> list[str]:
+    without = [user for user in users if user not in known]
     named = ", ".join(without[:3]) + (", …" if len(without) > 3 else "")
     return [f"{len(without)} of {len(users)} users {fate} ({named})"] if without else []

@@ -35,10 +35,13 @@ class FitReport:
     prior: str = ""  # learned or isotropic, where both were tried; a reason in brackets
     prior_ridge: float = NAN  # on the basis of a learned prior
     prior_steps: int = 0  # of its learning; 0: the prior is isotropic
+    # relative standard error of Σ = SᵀS, as another sample of users would have given another
+    prior_error: float = NAN
     held_out_groups: int = 0
     loss_uniform: float = NAN  # of equal shares: what knowing nothing costs
     loss_shared: float = NAN  # with the shared head alone
     loss_user: float = NAN  # with each user's own head
+    loss_user_error: float = NAN  # its standard error over users
     # with β and the votes, on the groups (voted ones, if any) that both were fitted on
     loss_calibrated: float = NAN
     loss_with_votes: float = NAN  # on these, each user's with β and votes fitted on the others
@@ -53,7 +56,7 @@ class FitReport:
     def to_json(self, *, convex: bool = True) -> dict[str, Any]:
         """Everything; the strengths only where they were used."""
         unused = set() if convex else {"ridge", "evidence_ridge", "precision"}
-        of_prior = {"prior", "prior_ridge", "prior_steps", "calibration_error"}
+        of_prior = {"prior", "prior_ridge", "prior_steps", "prior_error", "calibration_error"}
         unused |= set() if self.prior else of_prior
         return {name: value for name, value in asdict(self).items() if name not in unused}
 
@@ -228,3 +231,11 @@ class _Mix(NamedTuple):
             scores = self.scores[own] * (1 + v[0]).clamp_min(LEAST_SCALE) + votes
             out[own] = losses(scores, self.target[own], self.mask[own], self.loss)
         return out
+
+
+def error_by_users(values: Tensor, users: Sequence[str]) -> Tensor:
+    """The standard error of the mean of groups' values [G], where those of a user are alike."""
+    number = {user: place for place, user in enumerate(dict.fromkeys(users))}
+    owner = torch.tensor([number[user] for user in users], dtype=torch.long)
+    sums = torch.zeros(len(number)).index_add_(0, owner, values - values.mean())
+    return sums.square().sum().sqrt() / len(values)

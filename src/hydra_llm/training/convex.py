@@ -10,7 +10,6 @@ changed. Knows no texts and no LLM.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,9 +53,18 @@ def fit_base(scorer: Scorer, data: TrainingSet, ridge: float, side_ridge: float 
     """
     interaction, size = scorer.interaction, scorer.interaction.size
     standardise(scorer, data)
-    side, x = scorer.standardised(data.groups)[None], interaction(data.groups)[None]
+    side = scorer.standardised(data.groups)[None]
     target, mask = data.target[None], data.groups.mask[None]
-    of_pairs, of_scores = partial(interaction.dot, x), partial(interaction.outer, x)
+    distinct, text = data.groups.distinct()
+    x = interaction(distinct)[None]
+
+    def of_pairs(v: Tensor) -> Tensor:
+        return interaction.dot(x, v)[:, text]
+
+    def of_scores(r: Tensor) -> Tensor:
+        by_text = r.new_zeros(1, x.shape[1], r.shape[2]).index_add_(1, text, r)
+        return interaction.outer(x, by_text)
+
     believed = scorer.side_prior * scorer.side_scale
     offset = side @ believed
     head = with_bias(Problem(of_pairs, of_scores, size, offset, target, mask, scorer.loss))

@@ -123,6 +123,7 @@ def _record_gains(bundle: Bundle) -> tuple[Floats, Floats, NDArray[np.int64]]:
     """
     task, plain = bundle.task, bundle.pipeline()
     dice = random.Random(bundle.settings.training_seed)
+    known = [name for name in bundle.trained_on if bundle.records.get(name)]
     rows, gains, users = [], [], []
     for number, query_record in _sampled(bundle, dice):
         query = as_query(query_record)
@@ -131,7 +132,7 @@ def _record_gains(bundle: Bundle) -> tuple[Floats, Floats, NDArray[np.int64]]:
         ranked = plain.rerank(context, plain.retrieve(context))
         if not ranked:
             continue
-        gold, others = query.gold or "", _others(bundle, query.user, len(ranked), dice)
+        gold, others = query.gold or "", _others(bundle, known, query.user, len(ranked), dice)
         none = float(np.mean([task.gain(_answer(bundle, r), gold) for r in others]))
         vectors = bundle.features.texts([query.input, *(item.record.input for item in ranked)])
         for item, vector in zip(ranked, vectors[1:], strict=True):
@@ -150,9 +151,11 @@ def _sampled(bundle: Bundle, dice: random.Random) -> list[tuple[int, Record]]:
     return dice.sample(found, min(len(found), FLOOR_QUERIES))
 
 
-def _others(bundle: Bundle, user: str, count: int, dice: random.Random) -> list[Record]:
-    """As many records of other training users, or of this one if there is no other."""
-    names = [name for name in bundle.trained_on if name != user and bundle.records.get(name)]
+def _others(
+    bundle: Bundle, known: Sequence[str], user: str, count: int, dice: random.Random
+) -> list[Record]:
+    """As many records of other users among the known, or of this one if there is no other."""
+    names = [name for name in known if name != user]
     return [dice.choice(bundle.records[dice.choice(names or [user])]) for _ in range(count)]
 
 

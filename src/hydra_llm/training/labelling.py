@@ -352,3 +352,17 @@ def _labelled(
     texts = [candidate_text(task, candidate) for candidate in candidates]
     position = len(context.visible)
     return LabelledGroup(query.user, query.id, query.input, texts, gains, side, position, voted)
+
+
+def made_once(
+    made: Callable[[Featurizer], list[LabelledGroup]],
+) -> Callable[[Featurizer], list[LabelledGroup]]:
+    """The same groups for the same featurizer, made once."""
+    known: list[tuple[Featurizer, list[LabelledGroup]]] = []
+
+    def groups(featurizer: Featurizer) -> list[LabelledGroup]:
+        if not known or known[0][0] is not featurizer:
+            known[:] = [(featurizer, made(featurizer))]
+        return known[0][1]
+
+    return groups

@@ -140,11 +140,8 @@ class _Records(NamedTuple):
     def of(cls, scorer: Scorer, data: TrainingSet) -> "_Records":
         interaction = scorer.interaction
         assert isinstance(interaction, LabelBilinear)
-        x = interaction(data.groups)
-        key = x.double() @ torch.cos(torch.arange(x.shape[1], dtype=torch.float64) ** 2)
-        _, text = key.unique(return_inverse=True)
-        first = torch.zeros(int(text.max()) + 1, dtype=torch.long)
-        first[text] = torch.arange(len(text))
+        distinct, text = data.groups.distinct()
+        x = interaction(distinct)
         names = {name: number for number, name in enumerate(data.names())}
         user = torch.tensor([names[name] for name in data.users])
         per_group = max(data.target.shape[1] * 32, x.shape[1])
@@ -152,7 +149,7 @@ class _Records(NamedTuple):
         chunks = [index for _, index in parts]
         owners = [torch.tensor([names[name] for name in own]) for own, _ in parts]
         side = scorer.standardised(data.groups)
-        return cls(interaction, x[first], text, side, data.target, user, chunks, owners, len(names))
+        return cls(interaction, x, text, side, data.target, user, chunks, owners, len(names))
 
     @property
     def columns(self) -> int:
@@ -177,6 +174,15 @@ class _Records(NamedTuple):
             x = torch.cat([x[:, :width].square(), x[:, width:]], 1)
         return self.interaction.code_back(x, by_text)
 
+    def by_user(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        """[N, J, K] the groups' rows [N, J, K] times their user's matrix, of [U, K, K]."""
+        out = torch.empty_like(rows)
+        for places, owners in zip(self.chunks, self.owners, strict=True):
+            own = rows[places.clamp_min(0)]  # [U, G, J, K]
+            own = (own.flatten(1, 2) @ matrices[owners]).view_as(own)
+            out[places[places >= 0]] = own[places >= 0]
+        return out
+
     def shares(self, scores: Tensor) -> Tensor:
         """[N, L] the softmax, 0 for groups without a target."""
         return scores.softmax(-1) * self.target.sum(-1, keepdim=True)
@@ -185,13 +191,15 @@ class _Records(NamedTuple):
         """[K, V] the directions in which the users' gradients at θ₀ [1, V] differ most."""
         scores = self.rows(shared)[..., 0] @ self.coding.T + self.side @ weights
         residual = self.target - self.shares(scores)
-        gradients = []
+        gradients, number = [], 0
+        asked = torch.linspace(0, self.number - 1, min(self.number, START_USERS)).long()
         for places in self.chunks:
+            some = asked[(asked >= number) & (asked < number + len(places))] - number
+            number, places = number + len(places), places[some]
             index = places.clamp_min(0)
             own = residual[index] * (places >= 0)[..., None]
             gradients.append(self.interaction.outer(self.x[self.text[index]], own))
-        table = torch.cat(gradients)
-        some = table[torch.linspace(0, len(table) - 1, min(len(table), START_USERS)).long()]
+        some = torch.cat(gradients)
         _, _, directions = torch.linalg.svd(some - some.mean(0), full_matrices=False)
         spread = self.rows(directions[:rank]).square().mean((0, 1)).sqrt().clamp_min(1e-6)
         out: Tensor = START / spread[:, None] * directions[:rank]
@@ -219,7 +227,7 @@ class _MStep(NamedTuple):
     records: _Records
     shape: torch.Size  # of the table
     factor: Tensor  # [N, 1, K + 1] 1 and the mode of the group's user
-    spread: Tensor  # [N, K, K] the covariance of the group's user
+    spread: Tensor  # [U, K, K] the covariance of each user
     hessian: Tensor  # [N, J, J] of the losses by the codes' scores
     ridge: Tensor  # [·] on each number of v
 
@@ -239,13 +247,14 @@ class _MStep(NamedTuple):
         records, size = self.records, self.shape.numel()
         rows = records.rows(v[0, :size].view(self.shape)[1:])
         out = self.ridge * v
-        out[0, self.shape[1] : size] += records.back(self.hessian @ rows @ self.spread).flatten()
+        spread = records.by_user(self.hessian @ rows, self.spread)
+        out[0, self.shape[1] : size] += records.back(spread).flatten()
         return out
 
     def diagonal(self, shares: Tensor) -> Tensor:
         """The diagonal of the Hessian."""
         records, second = self.records, self.factor[:, 0].square()
-        second[:, 1:] += self.spread.diagonal(dim1=1, dim2=2)
+        second[:, 1:] += self.spread.diagonal(dim1=1, dim2=2)[records.user]
         of_codes = self.hessian.diagonal(dim1=1, dim2=2)[..., None] * second[:, None]
         side = records.side
         centred = side - (shares[..., None] * side).sum(1, keepdim=True)
@@ -263,7 +272,7 @@ def _maximised(
     (modes, covariance), user, coding = posteriors, records.user, records.coding
     factor = torch.cat([torch.ones(len(modes), 1), modes], 1)[user][:, None]
     none = torch.zeros(len(user), records.columns, records.columns)
-    step = _MStep(records, table.shape, factor, covariance[user], none, ridge)
+    step = _MStep(records, table.shape, factor, covariance, none, ridge)
     start = torch.cat([table.flatten(), weights])[None]
     shares = records.shares(step.dot(start)[0])
     middle = shares @ coding

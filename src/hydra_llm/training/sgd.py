@@ -228,7 +228,8 @@ class _Run:
         numbers = [config.lr, config.batch, config.weight_decay, config.patience, config.seed]
         described = json.dumps([*numbers, self.scorer.loss, list(self.data.users)])
         hasher = hashlib.sha256(described.encode())
-        for tensor in (groups.left, groups.right, groups.side_features, groups.mask, groups.target):
+        named = ("left", "text", "right", "side_features", "mask", "target")
+        for tensor in (getattr(groups, name) for name in named):
             if tensor is not None:
                 hasher.update(tensor.contiguous().numpy().tobytes())
         return hasher.hexdigest()

@@ -29,6 +29,7 @@ from hydra_llm.training.calibration import (
     FitReport,
     HeldOut,
     calibrate,
+    error_by_users,
     evaluate_held_out,
     group_losses,
 )
@@ -118,7 +119,7 @@ def fit_scorer(
     scorer.prior_precision = torch.tensor(report.precision)
     scorer.head.tune(map(base.problems_of, base.folds), len(base.folds))
     if base.folds:
-        evaluate_held_out(scorer, base.held_out(plain, TrainingSet.prequential_splits), report)
+        base.evaluate()
         calibrate(scorer, held_out := base.held_out(data, base.calibration_splits), report)
         keep(held_out)
     base.fit(plain)
@@ -182,14 +183,6 @@ def _alike(losses: Tensor, least: Tensor) -> bool:
     """Whether the mean of a group's losses [G] is within a standard error of the least one's."""
     more = losses - least
     return bool(more.mean() <= more.std(correction=0) / len(more) ** 0.5)
-
-
-def error_by_users(values: Tensor, users: Sequence[str]) -> Tensor:
-    """The standard error of the mean of groups' values [G], where those of a user are alike."""
-    number = {user: place for place, user in enumerate(dict.fromkeys(users))}
-    owner = torch.tensor([number[user] for user in users], dtype=torch.long)
-    sums = torch.zeros(len(number)).index_add_(0, owner, values - values.mean())
-    return sums.square().sum().sqrt() / len(values)
 
 
 class _Steps:
@@ -259,6 +252,20 @@ class _Base(NamedTuple):
             self.known[id(train), ridge, step] = State.of(self.scorer)
             yield basis
 
+    def error_of_prior(self) -> float:
+        """The relative standard error of Σ = SᵀS (Frobenius norm) by the delete-a-group jackknife
+        (Kott 2001): each fold's was learned without its part of the users. NaN: none is learned.
+        """
+        ridge, steps = self.report.prior_ridge, self.report.prior_steps
+        states = [self.known.get((id(fold.train), ridge, steps)) for fold in self.folds]
+        bases = [state.basis for state in states if state is not None and state.basis is not None]
+        if not steps or len(bases) < 2:
+            return math.nan
+        inner = torch.tensor([[(a @ b.T).square().sum() for b in bases] for a in bases])  # of Σs
+        count, mean = len(bases), inner.mean()  # the squared norm of the mean of the Σs
+        variance = (count - 1) / count * (inner.trace() - count * mean)
+        return float((variance / mean).clamp_min(0).sqrt())
+
     def problems_of(self, fold: _Fold) -> Iterator[HeadProblem]:
         """Each held-out user's problem under the base of the others."""
         self.fit_shared(fold.train)
@@ -279,6 +286,16 @@ class _Base(NamedTuple):
             self.fit(fold.train)
             parts += held_out_scores(self.scorer, split(data.of(fold.held_out)), fold.held_out)
         return parts
+
+    def evaluate(self) -> None:
+        """The losses of held-out users and their error, and that of the learned prior."""
+        held_out = self.held_out(self.plain, TrainingSet.prequential_splits)
+        evaluate_held_out(self.scorer, held_out, self.report)
+        losses = [group_losses(self.scorer, part.late, part.own) for part in held_out]
+        owners = [user for part in held_out for user in part.late.users]
+        if owners:
+            self.report.loss_user_error = float(error_by_users(torch.cat(losses), owners))
+        self.report.prior_error = self.error_of_prior()
 
     def choose_strengths(self, tried: Strengths) -> None:
         """The ridges, then the learned prior, then the precision."""

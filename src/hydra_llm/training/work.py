@@ -14,15 +14,15 @@ from hydra_llm.bundle import Bundle
 from hydra_llm.errors import LLMError
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.concurrency import StageProgress
-from hydra_llm.llm.none import is_none
+from hydra_llm.llm.none import NoLLM, is_none
 from hydra_llm.model.upgrade import reranker_helps
 from hydra_llm.pipeline import UserPipeline
 from hydra_llm.rerank import record_text
 from hydra_llm.side_features import Featurizer
 from hydra_llm.training.adaptive import Label, Rounds, in_turns, judge_by_refit, judge_by_votes
 from hydra_llm.training.choosing import choose_sampling, chosen_over, judged, some_of_each
-from hydra_llm.training.convex import UserHeads
 from hydra_llm.training.dataset import LabelledGroup
+from hydra_llm.training.encode import encode_histories
 from hydra_llm.training.gate import fit_gate
 from hydra_llm.training.labelling import (
     Asked,
@@ -30,6 +30,7 @@ from hydra_llm.training.labelling import (
     adapter_groups,
     asks_of_records,
     choice_groups,
+    made_once,
     offers_all,
     reads_labels,
     reranker_groups,
@@ -39,6 +40,7 @@ from hydra_llm.training.labelling import (
     weak_reranker_groups,
 )
 from hydra_llm.training.learned import Learned
+from hydra_llm.training.resume import SampleCheckpoint
 from hydra_llm.training.strengths import Strengths
 from hydra_llm.training.train_scorer import (
     LabelledData,
@@ -57,6 +59,10 @@ WORD_STAGE, CHOICE_STAGE = "fit word model", "choose sampling"
 SKIPPED = {  # why none is learned where all gains are equal
     RERANKER: "no retrieved record changed what the LLM's answer was worth",
     ADAPTER: "no two candidates of a query differed in what they were worth",
+}
+ERRORS = {  # of the report, told where a sample was learned from
+    "prior_error": "the prior's covariance (relative)",
+    "loss_user_error": "the held-out loss",
 }
 NO_LLM = "no LLM was given"
 BLOCK_RECORDS = 10_000  # about how many are labelled and fitted at once: 400 MB of features
@@ -153,11 +159,13 @@ class Work:
         by_label = name == ADAPTER and reads_labels(bundle.task, bundle.settings)
 
         def data_of(collected: Collected) -> LabelledData:
-            def groups(featurizer: Featurizer) -> list[LabelledGroup]:
+            def made(featurizer: Featurizer) -> list[LabelledGroup]:
                 weak = _weak_groups(name, plain, featurizer, users)
                 return [*collected.groups(featurizer), *weak]
 
-            return LabelledData(name, groups, side_names, target_rule(bundle, name), by_label)
+            return LabelledData(
+                name, made_once(made), side_names, target_rule(bundle, name), by_label
+            )
 
         data, most = data_of(Collected(lambda featurizer: [])), bundle.settings.labelled_users
         if name == ADAPTER and bundle.settings.labelling == "adaptive" and not is_none(self.llm):
@@ -267,35 +275,88 @@ class Work:
 
     async def fit(self) -> None:
         """The users' heads of each scorer, on weak labels where there are some."""
-        learned, users = self.learned, self.learned.users
-        for name in (name for name in (RERANKER, ADAPTER) if name in learned.bundle.scorers):
-            bundle, plain, asks = learned.bundle, self.plain(name), self.asks_to_fit(name)
-            stage, seconds, heads = f"fit {name}", 0.0, UserHeads()
-            learned.solved[stage] = 0.0
-            # With an LLM all at once: its calls take longer than all else, and are told together.
-            for block in [users] if asks else blocks(users, bundle.records):
-                groups = _weak_groups(name, plain, bundle.featurizer, block)
-                if asks:
-                    collected = await self.collect(name, plain, block)
-                    groups += collected.groups(bundle.featurizer)
-                started = perf_counter()
-                labelled, encoded = head_data(bundle, name, groups), perf_counter()
-                heads |= solve_heads(bundle, name, labelled, block)
-                solved = perf_counter()
-                learned.solved[stage] += solved - encoded
-                seconds += solved - started
-                self.progress(stage, len(heads), len(users))
-            own = Overlaid(heads, bundle.heads.get(name, {}))
-            learned.bundle = replace(bundle, heads={**bundle.heads, name: own})
-            learned.stages[stage] = StageCost(len(users), seconds)
-        bundle = learned.bundle
+        await self.fit_users(self.learned.users)
+
+    async def fit_users(
+        self, users: Sequence[str], stage: str = "", done: Callable[[], None] = lambda: None
+    ) -> None:
+        """The heads of these users, block by block. `stage`: of the progress; `done` is called
+        after each block.
+        """
+        bundle, fitted = self.learned.bundle, 0
+        asks = {
+            name: self.asks_to_fit(name) for name in (RERANKER, ADAPTER) if name in bundle.scorers
+        }
+        # With an LLM all at once: its calls take longer than all else, and are told together.
+        at_once = not users or (any(asks.values()) and not is_none(self.llm))
+        for block in [users] if at_once else blocks(users, bundle.records):
+            every = list(chain.from_iterable(bundle.records[user] for user in block))
+            encode_histories(bundle, every, self.progress, ranks=bundle.reranker is not None)
+            fitted += len(block)
+            for name in asks:
+                await self._fit(name, block, asks=asks[name])
+                self.progress(stage or f"fit {name}", fitted, len(users))
+            done()
+
+    async def learn_from(
+        self, users: Sequence[str], first: Bundle | None
+    ) -> SampleCheckpoint | None:
+        """Learn from those on whom the blank bundle rests, then fit the others' heads; where there
+        are others, a checkpoint, to be removed when the bundle is written.
+        """
+        learned = self.learned
+        if len(learned.users) == len(users):
+            await self.learn(first)
+            return None
+        checkpoint = SampleCheckpoint.of(learned, self.out)
+        if not checkpoint.resume(learned):
+            await self.learn(first)
+        drawn, report = len(learned.bundle.trained_on), learned.bundle.report.get(ADAPTER, {})
+        note = f"what all users share was learned from {drawn} of {len(users)} users, drawn by lot"
+        for name, what in ERRORS.items():
+            if (error := report.get(name)) is not None:
+                note += f"; standard error of {what} {error:.2g}"
+        learned.notes.append(note)
+        learned.report(base_users=drawn)
+        await self.fit_others(users, checkpoint)
+        return checkpoint
+
+    async def fit_others(self, users: Sequence[str], checkpoint: SampleCheckpoint) -> None:
+        """The heads of those among these users from whom nothing shared was learned, by their
+        histories alone: the LLM is not asked. Goes on where the checkpoint ends.
+        """
+        learned = self.learned
+        done = set(learned.bundle.trained_on).union(*learned.bundle.heads.values())
+        missing = [user for user in users if user not in done]
+        others = replace(self, llm=NoLLM())
+        checkpoint.write(learned)
+        done_now = partial(checkpoint.write_now_and_then, learned)
+        if missing:
+            await others.fit_users(missing, "fit heads", done_now)
+        learned.users = tuple(users)
+
+    async def _fit(self, name: str, users: Sequence[str], *, asks: bool) -> None:
+        learned, stage = self.learned, f"fit {name}"
+        bundle, plain = learned.bundle, self.plain(name)
+        groups = _weak_groups(name, plain, bundle.featurizer, users)
+        if asks:
+            collected = await self.collect(name, plain, users)
+            groups += collected.groups(bundle.featurizer)
+        started = perf_counter()
+        labelled, encoded = head_data(bundle, name, groups), perf_counter()
+        heads = solve_heads(bundle, name, labelled, users)
+        ended, before = perf_counter(), learned.stages.get(stage, StageCost(0, 0.0))
+        learned.solved[stage] = learned.solved.get(stage, 0.0) + ended - encoded
+        own = Overlaid(heads, bundle.heads.get(name, {}))
+        learned.bundle = replace(bundle, heads={**bundle.heads, name: own})
+        seconds = before.seconds + ended - started
+        learned.stages[stage] = StageCost(before.users + len(users), seconds, before.usage)
         # Encode what the reranker reads of these users: else their first question waits for it.
-        if bundle.reranker is not None and not bundle.reranker.interaction.reads_pairs:
+        if name == RERANKER and not bundle.scorers[name].interaction.reads_pairs:
             with_answer = bundle.settings.record_answer
-            for block in blocks(users, bundle.records):
-                records = chain(*(bundle.records[user] for user in block))
-                texts = [record_text(record, with_answer=with_answer) for record in records]
-                bundle.features.texts(texts)
+            records = chain(*(bundle.records[user] for user in users))
+            texts = [record_text(record, with_answer=with_answer) for record in records]
+            bundle.features.texts(texts)
 
     def asks_to_fit(self, name: str) -> bool:
         """Whether heads of this scorer are fitted to what the LLM does, beside recorded choices."""
