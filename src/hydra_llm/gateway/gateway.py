@@ -153,15 +153,8 @@ class Gateway:
         within = deployment.pipeline.task.input_of(question)
         # One character more than a record may have: feedback on a longer one makes no record.
         text = (within or question)[: self.settings.max_text + 1]
-        search = RecordSearch(
-            deployment,
-            user,
-            text,
-            self.telemetry,
-            options.k or 0,
-            in_task_words=within is not None,
-            gated=options.gate,
-        )
+        how: Any = {"in_task_words": within is not None, "gated": options.gate}
+        search = RecordSearch(deployment, user, text, self.telemetry, options.k or 0, **how)
         search.span = self.telemetry.tracing.parent
         try:
             read: Any = {"texts": search.texts, "pairs": search.pairs}
