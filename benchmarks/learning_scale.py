@@ -76,7 +76,7 @@ def measured(work: Path, pool: Pool, users: int, args: argparse.Namespace) -> Po
     for name in ("learn", "fit"):
         place = ["--bundle", str(bundle)]
         if name == "learn":
-            place = ["--out", str(bundle), "--set", f"training.base_users={base}"]
+            place = ["--out", str(bundle), "--set", f"research.base_users={base}"]
         command = [sys.executable, "-m", "hydra_llm", name, str(data), *place, "--json"]
         with log.open("w") as out:
             begin = time.perf_counter()
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, nargs="+", default=[100, 1000, 10_000])
     parser.add_argument("--records", type=int, default=50)
     parser.add_argument("--texts", type=int, default=20_000)
-    parser.add_argument("--base-users", type=int, default=500, help="training.base_users")
+    parser.add_argument("--base-users", type=int, default=500, help="research.base_users")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()

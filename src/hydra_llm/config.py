@@ -137,8 +137,6 @@ class Training(Group):
     """Number of training users; None is all."""
     labelled_users: int | None = Field(default=None, ge=0)
     """Training users whose pairs the LLM labels; the others' labels are weak; None is all."""
-    base_users: int = Field(default=2000, ge=1)
-    """Training users, by lot, from whom all that is shared is learned; others get heads alone."""
     fit_labels: Literal["history", "llm"] = "history"
     """New users' adapter heads for free texts with a word model. history: the shared head, no LLM
     calls: the word model reads their records; llm: fitted to the LLM's samples for their records.
@@ -177,6 +175,8 @@ class Research(Group):
     """strict: parse answers as LaMP does; lenient: also find the answer within a sentence."""
     pooling: Literal["mean", "cls"] = "mean"
     """Pooling of the encoder's token vectors: their mean, or the first one (cls)."""
+    base_users: int = Field(default=2000, ge=1)
+    """Training users, by lot, from whom all that is shared is learned; others get heads alone."""
     max_length: int = Field(default=256, ge=8)
     """Max tokens per encoded text; longer texts are truncated."""
     encoder_precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
@@ -292,7 +292,7 @@ LOCAL = frozenset(LLM.model_fields) - {"max_tokens", "samples", "temperature", "
 
 CHANGEABLE = {"prompt_style", "greedy_first", "parsing", "rerank", "vote_share", "ask"}
 CHANGEABLE |= {"candidate_prompts", "encoder_precision"}
-_LEARNED = {"users", "labelled_users", "base_users", *Model.model_fields, *Research.model_fields}
+_LEARNED = {"users", "labelled_users", *Model.model_fields, *Research.model_fields}
 FIXED = frozenset(_LEARNED - CHANGEABLE)
 """Fixed when a bundle is learned. `fit`, `ask`, `bench run` may change LLM calls and selection."""
 
