@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from hydra_llm import __version__, config
+from hydra_llm import __version__, config, setting_names
 from hydra_llm.cli.main import COMMANDS, load, run
 from hydra_llm.gateway import settings as serve_settings
 from tests.marks import slow_except
@@ -191,7 +191,7 @@ def test_a_former_variable_works_with_a_hint(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_former_command_works_with_a_hint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config.log_renamed.cache_clear()
+    setting_names.log_renamed.cache_clear()
     none, out = str(tmp_path / "none.toml"), str(tmp_path / "out")
     ends = []
     for name in ("sweep", "study"):
