@@ -23,7 +23,7 @@ all commands are `HYDRA_<GROUP>_<SETTING>`, or lines of `hydra-llm.toml`. Preced
 A shell completes commands and options after `eval "$(hydra-llm completion bash)"` (or zsh, fish).
 
 Exit codes: 0 done; 1 the LLM failed, or a bug (with its traceback); 2 an error that the user can
-fix, in one line; 130 Ctrl-C.
+fix, in one line; 3 a batch is not done yet (`--batch submit`); 130 Ctrl-C.
 """
 
 

@@ -45,6 +45,9 @@ ABOUT_ALL = {
     "spent": "sums that limits compare",
     "forget_spenders": "by age",
     "prune_totals": "by age",
+    "take_requests": "of a key",
+    "versions": "of users whom a server has in memory",
+    "watched": "tokens without users",
     "limits": "for operators",
     "set_limit": "for operators",
     "prune": "by age",
@@ -77,6 +80,12 @@ OF_ONE_USER: dict[str, Callable[[Store], object]] = {
     "some_records": lambda store: store.some_records("ada", ["1"]),
     "is_off": lambda store: store.is_off("ada"),
     "switch": lambda store: changed(store, lambda ada: ada.switch(off=True)),
+    "off_records": lambda store: store.off_records("ada"),
+    "switch_record": lambda store: changed(store, lambda ada: ada.switch_record("1", off=True)),
+    "unknown": lambda store: changed(store, lambda ada: ada.unknown(["1"])),
+    "forget_feedback": lambda store: changed(
+        store, lambda ada: ada.forget_feedback(["feedback:r"])
+    ),
     "heads": lambda store: store.heads("ada", "bundle"),
     "change": lambda store: changed(store, lambda ada: None),
     "add_records": lambda store: store.add_records("ada", [Record("ada", "2", "tea", "red")]),

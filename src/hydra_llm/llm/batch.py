@@ -7,6 +7,10 @@ command, after whatever end, finds it again and sends nothing twice. The first c
 directly: a wrong key, model or parameter shows at once.
 """
 
+from hydra_llm.extras import require
+
+require("openai", "the Batch API")
+
 import json
 import logging
 import math

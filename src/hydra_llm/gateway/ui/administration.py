@@ -5,7 +5,7 @@ function of an endpoint. A key for several users sees the list of these users to
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from anyio.to_thread import run_sync
 from fastapi import Query, Response
@@ -20,7 +20,11 @@ from hydra_llm.gateway.ui.pages import Form, Here, Visit, go, make_router, show
 from hydra_llm.gateway.ui.people import valid
 from hydra_llm.store.values import Key
 
+if TYPE_CHECKING:
+    from hydra_llm.bundle import Bundle
+
 PAGE = 25
+CARD = "README.md"  # in a bundle's folder
 MOST_SUMS = 10_000  # rows of days and models
 REPORT = "report.html"  # in a bundle's folder: of its benchmark, as `bench show --html` writes it
 REPORT_POLICY = (
@@ -180,7 +184,11 @@ def bundle_page(here: Here) -> Response:
     if bundle is not None:
         facts = [("set by", "hydra-llm bundles use" if active else "serve --bundle")]
         facts += [("folder", str(_folder(here))), ("weights", bundle.weights[:16])]
-        values |= {"bundle": facts, "card": _card(bundle.card()), "report": _facts(bundle.report)}
+        values |= {
+            "bundle": facts,
+            "card": _card(_card_text(here, bundle)),
+            "report": _facts(bundle.report),
+        }
         values["page"] = _report(here) is not None
     return show(here, "bundle.html", **values)
 
@@ -194,6 +202,13 @@ async def bundle_report(here: Here) -> Response:
     content = await run_sync(file.read_bytes)
     policy = {"content-security-policy": REPORT_POLICY}
     return Response(content, media_type="text/html; charset=utf-8", headers=policy)
+
+
+def _card_text(here: Visit, bundle: "Bundle") -> str:
+    """The card as it was written: the server's bundle holds no users."""
+    folder = _folder(here)
+    file = folder / CARD if folder else None
+    return file.read_text(encoding="utf-8") if file and file.is_file() else bundle.card()
 
 
 def _folder(here: Visit) -> Path | None:

@@ -307,9 +307,9 @@ def _why(content: Mapping[str, Any]) -> str:
         return f"Not chosen by the model: {UNSCORED.get(reason, reason)}."
     if len(candidates) < 2:
         return "All of the LLM's answers were the same."
-    if any(score is None for score in scores):
+    if scores[0] is None:  # the unreadable ones have none
         return "The candidates have no scores: it was the LLM's first answer."
-    of = f"{len(candidates)} candidates"
+    of = f"{sum(score is not None for score in scores)} candidates"
     if content.get("abstained"):
         return f"The LLM's own answer was kept: of {of} no other was better by a clear margin."
     return f"Of {of} this one fits the user best, by the scores below."
