@@ -938,14 +938,14 @@ async def test_a_deletion_amid_the_warming_leaves_no_features(
         sent = [{"id": r.id, "input": r.input, "output": r.output} for r in records]
         await world.http.post("/v1/users/ada/records", json={"records": sent})
         await world.ask(QUESTION)
-        assert deployment.pipeline.retriever._index.cache_info().currsize == 1
+        assert len(deployment.pipeline.retriever._kept) == 1
         assert (await world.http.delete("/v1/users/ada/records/r0")).status_code == 200
         assert (await world.http.delete("/v1/users/ada")).status_code == 200
         await async_until(lambda: not deployment.prefetching)
         await deployment.batcher.run(lambda: None, user="")
         texts = [text for text in texts_of(records) if text != "calm"]
         assert deployment.bundle.features.missing(texts) == len(texts)
-        assert deployment.pipeline.retriever._index.cache_info().currsize == 0
+        assert len(deployment.pipeline.retriever._kept) == 0
 
 
 async def test_no_way_to_the_upstreams_other_paths(store: Store) -> None:
@@ -1398,7 +1398,7 @@ async def test_a_bug_is_an_error_in_openais_shape_without_its_text(
         ["a", "d", "a"]
     )  # a traceback shows lines of code, which may not name her here
 
-    def broken(name: str) -> Any:
+    def broken(name: str, **_: Any) -> Any:
         raise RuntimeError(f"a bug with {name}'s texts, that is {quoted}'s")
 
     store.add_records("ada", records_of("ada"))
@@ -1408,7 +1408,7 @@ async def test_a_bug_is_an_error_in_openais_shape_without_its_text(
         assert answer.status_code == 500
         assert answer.json()["error"]["code"] == "internal_error"
         monkeypatch.setattr(
-            store, "records", lambda name: (_ for _ in ()).throw(Overloaded("full"))
+            store, "records", lambda name, **_: (_ for _ in ()).throw(Overloaded("full"))
         )
         assert (await world.http.get("/v1/users/ada/records")).json()["error"][
             "code"

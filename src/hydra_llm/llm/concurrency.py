@@ -18,9 +18,12 @@ PARALLEL = 8  # calls at once of an LLM that says nothing about it, and question
 
 
 def at_once(llm: object, concurrency: Concurrency = "auto") -> Callable[[], int]:
-    """How many questions may be open, for `map_calls`: as many as the LLM takes calls now."""
-    least = PARALLEL if concurrency == "auto" else concurrency
-    return lambda: max(least, getattr(llm, "parallel", 0))
+    """How many questions may be open, for `map_calls`: so many, or as many as the LLM takes calls
+    now.
+    """
+    if concurrency != "auto":
+        return lambda: concurrency
+    return lambda: max(PARALLEL, getattr(llm, "parallel", 0))
 
 
 async def map_calls(
