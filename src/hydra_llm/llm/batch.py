@@ -1,10 +1,7 @@
-"""An OpenAI-compatible endpoint by its Batch API: files of requests, answered within a day for less
-money. Learning and the benchmark ask as always; here a request waits until no other one comes, and
-all that wait are one batch. What depends on their answers is asked in a later batch.
-
-A batch is written to disk before it is sent (`batch_state.py`), and carries our id. The same
-command, after whatever end, finds it again and sends nothing twice. The first call of all is made
-directly: a wrong key, model or parameter shows at once.
+"""An OpenAI-compatible endpoint by its Batch API. A request waits until no other one comes; all that
+wait are one batch. What depends on their answers is asked in a later one. A batch is on disk before
+it is sent (`batch_state.py`), so that the same command finds it again and sends nothing twice. The
+first call of all is made directly: a wrong key, model or parameter shows at once.
 """
 
 from hydra_llm.extras import require
