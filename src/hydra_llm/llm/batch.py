@@ -1,7 +1,7 @@
 """An OpenAI-compatible endpoint by its Batch API. Requests are collected until no further one
-comes, then sent as one batch; what depends on their answers is in a later one. A batch is on disk before
-it is sent (`batch_state.py`): the same command finds it again and sends nothing twice. The first
-call of all is made directly: a wrong key, model or parameter shows at once.
+comes, then sent as one batch; what depends on their answers is in a later one. A batch is on
+disk before it is sent (`batch_state.py`): the same command finds it again and sends nothing
+twice. The first call of all is made directly: a wrong key, model or parameter shows at once.
 """
 
 from hydra_llm.extras import require
