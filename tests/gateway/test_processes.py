@@ -200,7 +200,7 @@ async def test_a_stopping_server_finishes_the_requests_in_flight(
     streamed = stream_that(wait, framed(event("whole", "stop"), b"data: [DONE]\n\n", b""))
     body = {"model": "m", "messages": MESSAGES}
     async with upstream_of(streamed, slow) as upstream:
-        spec = f"openai:m@{str(upstream._client.base_url).rstrip('/')}"
+        spec = f"openai:m@{upstream.endpoint.url}"
         where = ["--llm", spec, "--store", f"sqlite:///{tmp_path / 's.db'}", "--workers", workers]
         with served(*where) as (process, url, _):
             async with (

@@ -30,8 +30,12 @@ slow = pytest.mark.slow
 def children(pid: int) -> list[int]:
     """The worker processes of a server."""
     listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    commands = {int(child): Path(f"/proc/{child}/cmdline") for child in listed}
-    return sorted(child for child, line in commands.items() if "spawn_main" in line.read_text())
+    workers = []
+    for child in listed:
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended since it was listed
+            if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():
+                workers.append(int(child))
+    return sorted(workers)
 
 
 def fake(tmp_path: Path) -> list[str]:
