@@ -1,18 +1,21 @@
 """The first personal request of users whose history was never encoded, beside an earlier version.
 
-    python benchmarks/cold_requests.py --before COMMIT [--users 60] [--records 100] [--json]
+    python benchmarks/cold_requests.py --before COMMIT [--users 60] [--parts 3] [--records 100]
+        [--json]
 
-Both versions serve the same bundle and the same store at the same time, in front of one mock
-upstream (50 ms). Each user asks both once, one after the other in an order that is drawn anew, with
-a direct request to the mock beside them; the histories of users who have asked are being encoded
-meanwhile, as in use. The added latency is a version's median minus the mock's. A server's processor
-time is told too: it includes the encoding.
+Both versions serve copies of the same bundle and store in front of one mock upstream (50 ms), one
+version at a time, so that neither works beside the other. In each part, in an order that is drawn
+anew, a third of the users ask each version once, one after the other, with a direct request to the
+mock beside them; the histories of users who have asked are being encoded meanwhile, as in use. The
+added latency is a version's median minus the mock's. A server's processor time is told too: it
+includes what was encoded until the last answer.
 """
 
 import asyncio
 import os
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,6 +37,7 @@ def main() -> None:
     parser = options(__doc__, runs=1)
     parser.add_argument("--before", required=True, help="a commit")
     parser.add_argument("--users", type=int, default=60)
+    parser.add_argument("--parts", type=int, default=3)
     parser.add_argument("--records", type=int, default=100)
     args = parser.parse_args()
     args.features = "tower"
@@ -66,28 +70,27 @@ def prepared_by(version: Path, args: Any, folder: Path) -> None:
 async def measure(
     args: Any, folder: Path, versions: dict[str, Path]
 ) -> tuple[Times, dict[str, float]]:
-    """Milliseconds of each user's first request, and processor time by version."""
+    """Milliseconds of each user's first request, and processor time a user by version."""
     rng, times = random.Random(args.seed), Times({name: [] for name in (DIRECT, BEFORE, NOW)})
-    with (
-        mock() as upstream,
-        serving(versions[BEFORE], upstream, folder, BEFORE) as before,
-        serving(versions[NOW], upstream, folder, NOW) as now,
-    ):
-        urls = {BEFORE: before, NOW: now}
-        async with client() as http:
-            for url in urls.values():  # passed through: what both have to load at first
-                await chat(url, None)(http)
-            begin = {name: cpu_ms(url) for name, url in urls.items()}
-            for number in range(args.users):
-                asks: dict[str, Ask] = {DIRECT: chat(upstream, None)}
-                asks |= {name: chat(url, f"person{number}") for name, url in urls.items()}
-                for name in rng.sample(list(asks), len(asks)):
-                    started = time.perf_counter()
-                    await asks[name](http)
-                    times[name].append((time.perf_counter() - started) * 1000)
-                latest = {name: round(own[-1], 1) for name, own in times.items()}
-                print(f"user {number}: {latest}", file=sys.stderr, flush=True)
-            cpu = {name: (cpu_ms(url) - begin[name]) / args.users for name, url in urls.items()}
+    cpu = dict.fromkeys(versions, 0.0)
+    with mock() as upstream:
+        for part in range(args.parts):
+            users = range(part, args.users, args.parts)
+            for name in rng.sample(list(versions), len(versions)):
+                with serving(versions[name], upstream, folder, name) as url:
+                    async with client() as http:
+                        await chat(url, None)(http)  # passed through: what it has to load at first
+                        begin = cpu_ms(url)
+                        for user in users:
+                            asks: dict[str, Ask] = {DIRECT: chat(upstream, None)}
+                            asks[name] = chat(url, f"person{user}")
+                            for asked in rng.sample(list(asks), 2):
+                                started = time.perf_counter()
+                                await asks[asked](http)
+                                times[asked].append((time.perf_counter() - started) * 1000)
+                        cpu[name] += (cpu_ms(url) - begin) / args.users
+                medians = {key: round(statistics.median(own), 1) for key, own in times.items() if own}
+                print(f"part {part + 1} of {args.parts}: {medians}", file=sys.stderr, flush=True)
     return times, cpu
 
 
@@ -95,11 +98,14 @@ async def measure(
 def serving(version: Path, upstream: str, folder: Path, name: str) -> Iterator[str]:
     """A gateway of a version, with a copy of store and cache."""
     own = folder / name
+    shutil.rmtree(own, ignore_errors=True)
     shutil.copytree(folder / "cache", own / "cache")
     shutil.copy(folder / "store.db", own / "store.db")
     environment = {**os.environ, "OPENAI_API_KEY": "none", "PYTHONPATH": str(version / "src")}
-    command = [sys.executable, "-m", "hydra_llm", "serve", "--llm", f"openai:mock@{upstream}/v1"]
-    command += ["--store", f"sqlite:///{own / 'store.db'}", "--bundle", str(folder / "bundle")]
+    hydra, store = [sys.executable, "-m", "hydra_llm"], f"sqlite:///{own / 'store.db'}"
+    subprocess.run([*hydra, "store", "migrate", "--store", store], env=environment, check=True)
+    command = [*hydra, "serve", "--llm", f"openai:mock@{upstream}/v1"]
+    command += ["--store", store, "--bundle", str(folder / "bundle")]
     command += ["--set", "samples=8", "--set", "retrieved=10", "--set", "gate=off"]
     with server(
         command, {**environment, "HYDRA_CACHE": str(own / "cache")}, "/health/readiness"

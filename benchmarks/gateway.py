@@ -276,11 +276,9 @@ def server(command: list[str], environment: dict[str, str], ready: str) -> Itera
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    log = tempfile.TemporaryFile()
     process = subprocess.Popen(
-        [*command, "--port", str(port)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        [*command, "--port", str(port)], env=environment, stdout=subprocess.DEVNULL, stderr=log
     )
     url = f"http://127.0.0.1:{port}"
     PROCESSES[url] = process.pid
@@ -293,7 +291,9 @@ def server(command: list[str], environment: dict[str, str], ready: str) -> Itera
             except httpx2.HTTPError:
                 pass
             if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"{command[0]} did not start")
+                log.seek(0)
+                last = log.read().decode(errors="replace").splitlines()[-1:]
+                raise SystemExit(f"{' '.join(command[:4])} did not start: {''.join(last)}")
             time.sleep(0.2)
         yield url
     finally:

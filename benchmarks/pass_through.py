@@ -14,11 +14,13 @@ each; the report has all of them. With this version's own commit as COMMIT they 
 import asyncio
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,12 +60,21 @@ def main() -> None:
     finish(args, {"ratios": ratios, "runs": runs}, [*lines, str(ratios)], limits)
 
 
+def needed(version: Path) -> set[str]:
+    """The packages that a version requires, without their versions."""
+    project = tomllib.loads((version / "pyproject.toml").read_text())["project"]
+    return {re.split(r"[^\w.-]", line)[0] for line in project["dependencies"]}
+
+
 @contextmanager
 def checkout(commit: str, folder: Path) -> Iterator[Path]:
-    """The earlier version's files."""
+    """The earlier version's files, and beside its sources the packages that it alone needs."""
     place, git = folder / "earlier", ["git", "-C", str(ROOT), "worktree"]
     subprocess.run([*git, "add", "--quiet", "--detach", place, commit], check=True)
     try:
+        if missing := needed(place) - needed(ROOT):
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *missing]
+            subprocess.run([*pip, "--target", str(place / "src")], check=True)
         yield place
     finally:
         subprocess.run([*git, "remove", "--force", place], check=True)
