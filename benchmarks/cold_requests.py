@@ -89,7 +89,8 @@ async def measure(
                                 await asks[asked](http)
                                 times[asked].append((time.perf_counter() - started) * 1000)
                         cpu[name] += (cpu_ms(url) - begin) / args.users
-                medians = {key: round(statistics.median(own), 1) for key, own in times.items() if own}
+                asked = {key: own for key, own in times.items() if own}
+                medians = {key: round(statistics.median(own), 1) for key, own in asked.items()}
                 print(f"part {part + 1} of {args.parts}: {medians}", file=sys.stderr, flush=True)
     return times, cpu
 

@@ -34,7 +34,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx2
 from measure import Limit, finish, milliseconds, options
@@ -276,7 +276,13 @@ def server(command: list[str], environment: dict[str, str], ready: str) -> Itera
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = tempfile.TemporaryFile()
+    with tempfile.TemporaryFile() as log:
+        yield from _running(command, environment, ready, port, log)
+
+
+def _running(
+    command: list[str], environment: dict[str, str], ready: str, port: int, log: IO[bytes]
+) -> Iterator[str]:
     process = subprocess.Popen(
         [*command, "--port", str(port)], env=environment, stdout=subprocess.DEVNULL, stderr=log
     )
