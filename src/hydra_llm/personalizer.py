@@ -9,6 +9,8 @@ from hydra_llm.config import load_settings
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.registry import open_llm
 from hydra_llm.pipeline import UserPipeline
+from hydra_llm.reasons import Reasons, why
+from hydra_llm.types import Answer
 
 
 @dataclass(frozen=True)
@@ -28,3 +30,7 @@ class Personalizer(UserPipeline):
         chosen = loaded.settings_with(**settings)
         opened = open_llm(llm, chosen) if isinstance(llm, str) else llm
         return cls.of(loaded.pipeline(chosen), opened, loaded.records, loaded.heads)
+
+    def why(self, answer: Answer) -> Reasons | None:
+        """Why the adapter picked this answer (`reasons.why`); None where no adapter decided."""
+        return why(self, answer)

@@ -138,6 +138,13 @@ class LearnedSelector(Selector):
                     return Selection(scored, 0, abstained=True)
         return Selection(scored, places[pick])
 
+    def parts(self, context: Context, candidates: Sequence[Candidate]) -> dict[str, np.ndarray]:
+        """What adds up to the score of each readable candidate, by name (`Scorer.parts`)."""
+        readable = [candidate for candidate in candidates if candidate.answer is not None]
+        groups, rows = self._encoded(context, readable)
+        parts = self.scorer.parts(groups, context.heads.get("adapter"))
+        return {name: values[rows].numpy() for name, values in parts.items()}
+
     def pairs(self, context: Context, candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
         if not self.scorer.interaction.reads_pairs:
             return []

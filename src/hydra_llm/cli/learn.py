@@ -1,8 +1,10 @@
 """`hydra-llm learn`, `fit` and `ask`: learn a bundle, add users to it, answer with it."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
@@ -13,12 +15,14 @@ from hydra_llm.errors import SettingsError
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.none import NONE
 from hydra_llm.llm.registry import bare_llm, check_spec, open_llm, wrap
-from hydra_llm.types import Answer, Overlaid
+from hydra_llm.types import Answer, Candidate, Overlaid, as_one_text
 
 if TYPE_CHECKING:
+    from hydra_llm.reasons import Reasons
     from hydra_llm.training.learned import Learned
 
 SHOWN_FAILURES = 5
+SHOWN_REASONS, REASON_WIDTH = 8, 70  # parts and records for people, and characters of a record
 
 
 @opt.with_option_sets
@@ -127,10 +131,12 @@ def ask(
     selection: opt.Selection,
     k: Annotated[int | None, Option(min=0, help="Number of records in the prompt.")] = None,
     limit: Annotated[int | None, Option(min=1, help="Max number of latest records.")] = None,
+    why: Annotated[bool, Option("--why", help="Say why the adapter picked the answer.")] = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Answer one text for one user. `--json` adds records, prompt, candidates, scores and costs."""
     check_spec(llm)
+    from hydra_llm.reasons import why as reasons_of
     from hydra_llm.training.encode import encode_histories
 
     loaded, settings = options.open_bundle(bundle, k=k, **vars(selection))
@@ -144,7 +150,14 @@ def ask(
     answer = personalizer.answer(sys.stdin.read().strip() if text == "-" else text, user=user)
     for note in answer.proposal.notes:
         console.say(note)
-    console.emit(as_dict(answer) if as_json else answer.text, as_json)
+    reasons = reasons_of(personalizer, answer) if why else None
+    if as_json:
+        told = {"why": reasons and reasons_as_dict(reasons)} if why else {}
+        console.emit({**as_dict(answer), **told}, as_json)
+        return
+    console.emit(answer.text)
+    if why:
+        console.emit("\n".join(reason_lines(reasons)))
 
 
 def as_dict(answer: Answer) -> dict[str, Any]:
@@ -166,3 +179,35 @@ def as_dict(answer: Answer) -> dict[str, Any]:
         "seconds": dict(answer.seconds),
         "notes": list(proposal.notes),
     }
+
+
+def reasons_as_dict(reasons: "Reasons") -> dict[str, Any]:
+    """All that is known of why a candidate was picked."""
+    return {
+        "pick": reasons.pick.answer,
+        "runner_up": reasons.runner_up.answer,
+        "lead": reasons.lead,
+        "parts": reasons.parts,
+        "records": [{"id": own.record.id, "lead": own.lead} for own in reasons.records],
+        "needed": [record.id for record in reasons.needed],
+    }
+
+
+def reason_lines(reasons: "Reasons | None") -> Iterator[str]:
+    """The same for people: what weighs most."""
+    if reasons is None:
+        yield "why: no adapter decided between two answers"
+        return
+    yield f"why: {_short(reasons.pick)} leads {_short(reasons.runner_up)} by {reasons.lead:.2f}"
+    for name, value in list(reasons.parts.items())[:SHOWN_REASONS]:
+        yield f"{value:+9.2f}  {name}"
+    for weight in [own for own in reasons.records if own.lead > 0][:SHOWN_REASONS]:
+        text = as_one_text(weight.record.input, weight.record.output)
+        yield f"{weight.lead:+9.2f}  record {weight.record.id}: {shorten(text, REASON_WIDTH)}"
+    if reasons.needed:
+        named = ", ".join(record.id for record in reasons.needed)
+        yield f"without these records another answer is picked: {named}"
+
+
+def _short(candidate: Candidate) -> str:
+    return repr(shorten(candidate.answer or candidate.text, 30))

@@ -101,6 +101,19 @@ class Scorer(nn.Module):
         """[G, C] calibrated, a head for each group (None: shared); ValueError for a wrong head."""
         return self.calibrated(self.core(groups, heads), groups)
 
+    @torch.inference_mode()
+    def parts(self, groups: Groups, head: Head | None) -> dict[str, Tensor]:
+        """What adds up to the calibrated scores [C] of one group (G = 1): the `shared` head, what
+        the user's `head` adds to it, and each side feature by name.
+        """
+        x, scale = self.interaction(groups), self._scales(groups)
+        shared = self.head.shared_score(self.interaction, x)
+        own = self.head.score(self.interaction, x, [head]) - shared
+        sides = scale[..., None] * self.standardised(groups) * self.side_weight
+        sides += groups.side_features * self.vote_weight
+        named = zip(self.side_names, sides[0].unbind(-1), strict=True)
+        return {"shared": (scale * shared)[0], "head": (scale * own)[0], **dict(named)}
+
     def shares(self, scores: Tensor) -> Tensor:
         """Calibrated scores [..., C] as a distribution (binary: normalised probabilities)."""
         if self.loss == "listwise":
