@@ -107,7 +107,7 @@ async def all_cases(parts: Parts, queries: Sequence[Query]) -> list[Case]:
         columns = featurizer.adapter(query, offered, context.vectors)
         expected = columns[:, featurizer.adapter_names.index("expected_rouge")]
         agreement = task.gain_matrix([own.text for own in offered]) @ votes / votes.sum()
-        chosen, _, _ = parts.bundle.pipeline().select(context, offered)
+        chosen, *_ = parts.bundle.pipeline().select(context, offered)
         scores = {
             "mbr": agreement,
             "expected rouge": expected,

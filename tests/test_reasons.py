@@ -5,13 +5,16 @@ a set of records that decides.
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from hydra_llm import fit, learn
 from hydra_llm.config import Settings
 from hydra_llm.pipeline import UserPipeline
-from hydra_llm.reasons import Reasons, why
-from hydra_llm.select import FirstCandidate
+from hydra_llm.reasons import Reasons, in_words, of, why
+from hydra_llm.select import FirstCandidate, Selection
+from hydra_llm.tasks import choices
+from hydra_llm.tasks.base import Task
 from hydra_llm.types import Answer
 from tests.learning import ONE_STRENGTH
 from tests.test_end_to_end import STARS, TAGS, crowd_pleaser, world
@@ -90,6 +93,27 @@ def test_without_the_needed_records_another_answer_is_picked(answered: Explained
 def test_no_reasons_where_no_adapter_decides(answered: Explained) -> None:
     personalizer, ((answer, _), *_) = answered
     assert why(replace(personalizer, selector=FirstCandidate()), answer) is None
-    assert why(personalizer, replace(answer, abstained=True)) is None
-    bare = [replace(own, score=None) for own in answer.candidates]
-    assert why(personalizer, replace(answer, candidates=tuple(bare))) is None
+    context = personalizer.context_of(answer.proposal.query)
+    kept = Selection(list(answer.candidates), 0, abstained=True, parts={"head": np.zeros(9)})
+    assert of(personalizer.selector, context, kept) is None
+    one = personalizer.select(context, answer.candidates[:1])
+    assert of(personalizer.selector, context, one) is None
+
+
+def test_parts_in_words_add_up_too() -> None:
+    parts = {"share_0.05": 1.0, "share_0.5": -3.0, "share_all": 0.5, "own": 0.25}
+    told = in_words(parts)
+    assert told == {
+        "share of this label in records like the question": -2.0,
+        "share of this label in the user's records": 0.5,
+        "own": 0.25,
+    }
+    assert list(told.values()) == [-2.0, 0.5, 0.25]
+
+
+def test_every_side_feature_has_words() -> None:
+    texts = Task("headlines", "generation", "Write a headline: {input}")
+    names = {"shared", "head", *choices.COLUMNS}
+    for task in (TAGS, STARS, texts):
+        names |= {*task.strategy.candidate_columns, *task.strategy.word_columns}
+    assert not [name for name in names if name in in_words({name: 1.0})]

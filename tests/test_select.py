@@ -22,6 +22,7 @@ from hydra_llm.select import (
     TIE,
     FirstCandidate,
     LearnedSelector,
+    Selection,
     all_labels,
     candidate_text,
     first_best,
@@ -150,7 +151,7 @@ def test_scores_and_probabilities_stand_at_their_candidates(by_label: bool) -> N
         Candidate("odd", "odd", 1),
         Candidate("The tag is calm", "calm", 5),
     ]
-    scored, chosen, _ = chooser.choose(seen(chooser), candidates)
+    scored, chosen, *_ = chooser.choose(seen(chooser), candidates)
     assert chosen == 2
     assert [(c.text, c.answer, c.votes) for c in scored] == [
         (c.text, c.answer, c.votes) for c in candidates
@@ -172,7 +173,7 @@ def test_label_features_score_a_label_whatever_else_is_offered() -> None:
 
 def test_binary_scores_become_shares_of_their_odds() -> None:
     chooser = adapter(TAGS, loss="binary", weights={"llm_greedy": 2.0})
-    scored, chosen, _ = chooser.choose(
+    scored, chosen, *_ = chooser.choose(
         seen(chooser), [Candidate("odd", "odd", 1), Candidate("calm", "calm", 1, greedy=True)]
     )
     odds = [1 / (1 + np.exp(-(c.score or 0.0))) for c in scored]
@@ -183,7 +184,7 @@ def test_binary_scores_become_shares_of_their_odds() -> None:
 def test_a_user_has_an_own_choice_and_a_stranger_the_shared_one() -> None:
     chooser = adapter(TITLES)
     candidates = texts("loud war film", "rain song", "quiet night")
-    strangers, first, _ = chooser.choose(seen(chooser, user="stranger"), candidates)
+    strangers, first, *_ = chooser.choose(seen(chooser, user="stranger"), candidates)
     assert first == 0
     assert {c.score for c in strangers} == {0.0}
     features = []
@@ -209,8 +210,8 @@ def test_a_user_has_an_own_choice_and_a_stranger_the_shared_one() -> None:
 
 def test_nothing_readable_leaves_the_first() -> None:
     candidates = [Candidate("?", None, 2), Candidate("!", None, 1)]
-    assert adapter(TAGS).choose(Context(QUERY), candidates) == (candidates, 0, False)
-    assert FirstCandidate().choose(Context(QUERY), candidates) == (candidates, 0, False)
+    assert adapter(TAGS).choose(Context(QUERY), candidates) == Selection(candidates, 0)
+    assert FirstCandidate().choose(Context(QUERY), candidates) == Selection(candidates, 0)
 
 
 def test_the_users_history_moves_the_evidence() -> None:

@@ -350,7 +350,7 @@ class UserPipeline(Pipeline):
         """The selector's pick among a proposal's candidates; makes no LLM call."""
         seconds = {**proposal.seconds}
         with _timed(seconds, "adapt"):
-            candidates, chosen, abstained = self.select(context, proposal.candidates)
+            candidates, chosen, abstained, _ = self.select(context, proposal.candidates)
         timed = replace(proposal, seconds=seconds)
         pick = candidates[chosen]
         text = pick.answer if pick.answer is not None else pick.text

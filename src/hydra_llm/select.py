@@ -4,7 +4,7 @@ maximises the expected gain under the task's gain function: the mode for labels,
 ratings, minimum Bayes risk for texts. Knows no LLM. `FirstCandidate` is the null part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -31,6 +31,8 @@ class Selection(NamedTuple):
     candidates: list[Candidate]  # with scores, where there is a scorer
     chosen: int  # index of the pick
     abstained: bool = False  # candidate 0 was kept because the pick's margin was too uncertain
+    parts: Mapping[str, np.ndarray] = {}
+    """What adds up to the scores of the candidates that have one, by name (`Scorer.parts`)."""
 
     @property
     def ranking(self) -> list[int]:
@@ -123,6 +125,7 @@ class LearnedSelector(Selector):
         groups, rows = self._encoded(context, readable)
         head = context.heads.get("adapter")
         scores = self.scorer.score(groups, [head])[0][rows]
+        parts = {name: own[rows].numpy() for name, own in self.scorer.parts(groups, head).items()}
         shares = self.scorer.shares(scores)
         # Of recorded choices one was taken: no other one is worth a part of it.
         how = "best" if context.query.offered else self.how
@@ -135,15 +138,8 @@ class LearnedSelector(Selector):
             if covariance is not None:  # a head without a posterior never abstains
                 own = covariance[rows][:, rows]  # of the readable candidates
                 if self._is_unsure(readable, shares, own, pick):
-                    return Selection(scored, 0, abstained=True)
-        return Selection(scored, places[pick])
-
-    def parts(self, context: Context, candidates: Sequence[Candidate]) -> dict[str, np.ndarray]:
-        """What adds up to the score of each readable candidate, by name (`Scorer.parts`)."""
-        readable = [candidate for candidate in candidates if candidate.answer is not None]
-        groups, rows = self._encoded(context, readable)
-        parts = self.scorer.parts(groups, context.heads.get("adapter"))
-        return {name: values[rows].numpy() for name, values in parts.items()}
+                    return Selection(scored, 0, True, parts)
+        return Selection(scored, places[pick], parts=parts)
 
     def pairs(self, context: Context, candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
         if not self.scorer.interaction.reads_pairs:

@@ -228,6 +228,16 @@ async def test_users_get_their_own_of_several_candidates(
         assert (details["candidates"], details["scores_reason"]) == (3, None)
         assert details["scores"] == sorted(details["scores"], reverse=True), "the pick first"
         assert answer["usage"]["total_tokens"] == 11 + 12, "what all candidates cost"
+        assert "why" not in details
+        why = (await world.ask(QUESTION, "user0", personalization={"explain": True})).json()
+        why = why["personalization"]
+        one, other = why["scores"][:2]
+        assert sum(why["why"]["parts"].values()) == pytest.approx(one - other, abs=1e-4)
+        assert why["why"]["pick"] == why["texts"][0]
+        assert {own["id"] for own in why["why"]["records"]} > {own["id"] for own in why["shown"]}
+        kept = store.request(details["request_id"])
+        assert kept is not None
+        assert {"shared", "head"} < set(kept.content["why"]["parts"])
         three = (await world.ask(QUESTION, "user0", n=3)).json()
         assert [choice["index"] for choice in three["choices"]] == [0, 1, 2]
         assert {choice["message"]["content"] for choice in three["choices"]} == set(TAGS.labels)

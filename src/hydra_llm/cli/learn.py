@@ -152,7 +152,7 @@ def ask(
         console.say(note)
     reasons = reasons_of(personalizer, answer) if why else None
     if as_json:
-        told = {"why": reasons and reasons_as_dict(reasons)} if why else {}
+        told = {"why": reasons and reasons.to_json()} if why else {}
         console.emit({**as_dict(answer), **told}, as_json)
         return
     console.emit(answer.text)
@@ -181,25 +181,15 @@ def as_dict(answer: Answer) -> dict[str, Any]:
     }
 
 
-def reasons_as_dict(reasons: "Reasons") -> dict[str, Any]:
-    """All that is known of why a candidate was picked."""
-    return {
-        "pick": reasons.pick.answer,
-        "runner_up": reasons.runner_up.answer,
-        "lead": reasons.lead,
-        "parts": reasons.parts,
-        "records": [{"id": own.record.id, "lead": own.lead} for own in reasons.records],
-        "needed": [record.id for record in reasons.needed],
-    }
-
-
 def reason_lines(reasons: "Reasons | None") -> Iterator[str]:
     """The same for people: what weighs most."""
+    from hydra_llm.reasons import in_words
+
     if reasons is None:
         yield "why: no adapter decided between two answers"
         return
     yield f"why: {_short(reasons.pick)} leads {_short(reasons.runner_up)} by {reasons.lead:.2f}"
-    for name, value in list(reasons.parts.items())[:SHOWN_REASONS]:
+    for name, value in in_words(reasons.parts).items():
         yield f"{value:+9.2f}  {name}"
     for weight in [own for own in reasons.records if own.lead > 0][:SHOWN_REASONS]:
         text = as_one_text(weight.record.input, weight.record.output)

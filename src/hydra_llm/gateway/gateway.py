@@ -268,7 +268,10 @@ class Gateway:
                 return pipeline.selector.pairs(context, pipeline.read(texts, greedy)[0])
 
             name = request.search.user.name
-            ranked = partial(rank, pipeline, context.without_vectors(), choices, greedy)
+            asked = request.options.explain
+            explained = [own.record for own in request.search.ranked] if asked else ()
+            seen = context.without_vectors()
+            ranked = partial(rank, pipeline, seen, choices, greedy, explained)
             how: Any = {"user": name, "texts": lambda: texts, "pairs": pairs}
             ranking: RankedChoices = await request.deployment.batcher.run(ranked, **how)
             return ranking

@@ -130,5 +130,6 @@ def personalization_of(
         answer["texts"] = choice_texts(ranked.choices[: len(ranked.candidates)])
         answer["probabilities"] = [candidate.probability for candidate in ranked.candidates]
         records = request.prompt_records
+        answer["why"] = ranked.reasons and ranked.reasons.to_json()
         answer["shown"] = [{"id": r.id, "input": r.input, "output": r.output} for r in records]
     return answer

@@ -103,7 +103,7 @@ class PersonalizationOptions(_Strict):
     samples: Annotated[int, Field(ge=1, le=64)] | None = Field(
         default=None, validation_alias=AliasChoices("samples", "candidates")
     )
-    explain: bool = False  # also the candidates' texts and probabilities, and the records' texts
+    explain: bool = False  # also texts and probabilities of candidates, records' texts, and why
 
 
 def _content(value: Any) -> Any:

@@ -15,9 +15,11 @@ from hydra_llm.gateway.telemetry import Telemetry
 from hydra_llm.gateway.user_cache import UserSnapshot
 from hydra_llm.llm.wire import answer_of
 from hydra_llm.pipeline import Pipeline, candidate_key
+from hydra_llm.reasons import Reasons
+from hydra_llm.reasons import of as reasons_of
 from hydra_llm.tasks.base import PromptWords
 from hydra_llm.text import repair
-from hydra_llm.types import Candidate, Query, Ranked
+from hydra_llm.types import Candidate, Query, Ranked, Record
 
 Choice = dict[str, Any]
 SCORED_CHARACTERS = 20_000  # of an answer; a longer one takes longer than all others together
@@ -118,6 +120,7 @@ class RankedChoices:
     abstained: bool = False
     repeats: tuple[int, ...] = ()  # index of the choice that a repetition repeats
     unscored: str | None = None  # why the candidates have no scores; None where they have
+    reasons: Reasons | None = None  # why the first one was picked
 
     def stored(self, count: int, visible: int) -> dict[str, Any]:
         """What the store keeps of a request for feedback. `count`: choices that the caller saw."""
@@ -129,7 +132,9 @@ class RankedChoices:
         ]
         repeated = zip(self.repeats, texts[len(candidates) : count], strict=False)
         repeats = [{"candidate": which, "said": text} for which, text in repeated]
-        how = {"abstained": self.abstained, "unscored": self.unscored}
+        how: dict[str, Any] = {"abstained": self.abstained, "unscored": self.unscored}
+        if self.reasons:
+            how["why"] = self.reasons.to_json()
         return {"candidates": candidates, "repeats": repeats, "visible": visible, **how}
 
 
@@ -161,10 +166,15 @@ def unranked(choices: Sequence[Choice], reason: str) -> RankedChoices:
 
 
 def rank(
-    pipeline: Pipeline, context: Context, choices: Sequence[Choice], greedy: int
+    pipeline: Pipeline,
+    context: Context,
+    choices: Sequence[Choice],
+    greedy: int,
+    explained: Sequence[Record] = (),
 ) -> RankedChoices:
     """The choices in the user's order: the pick, then by score; equal answers behind all others.
-    The first `greedy` choices are of temperature 0.
+    The first `greedy` choices are of temperature 0; `explained` are records of which the reasons
+    tell what each adds.
     """
     texts, parsing = scored_texts(choices), pipeline.settings.parsing
     offered, _ = pipeline.read(texts, greedy)
@@ -188,4 +198,7 @@ def rank(
     rest = [i for i, key in enumerate(keys) if i != first[key]]
     repeats = tuple(list(ranked).index(keys[i]) for i in rest)
     order += [choices[i] for i in rest]
-    return RankedChoices(order, list(ranked.values()), selection.abstained, repeats)
+    reasons = reasons_of(pipeline.selector, context, selection, explained)
+    return RankedChoices(
+        order, list(ranked.values()), selection.abstained, repeats, reasons=reasons
+    )

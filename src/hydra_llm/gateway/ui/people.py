@@ -28,6 +28,7 @@ from hydra_llm.gateway.schemas import (
 )
 from hydra_llm.gateway.ui.pages import Form, Here, Visit, go, make_router, one_break, show
 from hydra_llm.gateway.ui.words import CORRECTIONS, UNSCORED
+from hydra_llm.reasons import in_words
 from hydra_llm.store.change import FEEDBACK_ID
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request as AnsweredRequest
@@ -296,7 +297,9 @@ def _answer(request: AnsweredRequest) -> dict[str, Any]:
         kept = {name: own.get(name) for name in names}
         candidates.append({"text": own.get("said") or own["text"], **kept})
     about = {"id": request.id, "created": request.created, "question": request.question}
-    return {**about, "candidates": candidates, "why": _why(content)}
+    reasons = content.get("why") or {}
+    parts = in_words(reasons.get("parts", {}))
+    return {**about, "candidates": candidates, "why": _why(content), "parts": parts}
 
 
 def _why(content: Mapping[str, Any]) -> str:
