@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hydra_llm.errors import HydraError, LLMError, UserFault
     from hydra_llm.llm.base import ChatLLM
     from hydra_llm.personalizer import Personalizer
+    from hydra_llm.reasons import Reasons
     from hydra_llm.tasks.base import Task
     from hydra_llm.training.api import afit, alearn, fit, learn
     from hydra_llm.types import Answer, Candidate, Generation, Query, Record, Usage
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = ["Answer", "Candidate", "ChatLLM", "Generation", "HydraError", "LLMError"]
-__all__ += ["Personalizer", "Query", "Record", "Settings", "Task", "Usage", "UserFault"]
+__all__ += ["Personalizer", "Query", "Reasons", "Record", "Settings", "Task", "Usage", "UserFault"]
 __all__ += ["afit", "alearn", "fit", "learn", "load_settings"]
 
 # No module may have one of these names: importing it would replace the name by the module.
@@ -29,6 +30,7 @@ _HOMES = {
     "hydra_llm.training.api": ("afit", "alearn", "fit", "learn"),
     "hydra_llm.llm.base": ("ChatLLM",),
     "hydra_llm.personalizer": ("Personalizer",),
+    "hydra_llm.reasons": ("Reasons",),
     "hydra_llm.tasks.base": ("Task",),
     "hydra_llm.types": ("Answer", "Candidate", "Generation", "Query", "Record", "Usage"),
 }
