@@ -26,7 +26,7 @@ from hydra_llm.model.interactions import Groups, Interaction, LabelBilinear, Tow
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.training.convex import fit_heads
 from hydra_llm.training.dataset import TrainingSet
-from hydra_llm.training.work import BLOCK_RECORDS
+from hydra_llm.training.fitting import BLOCK_RECORDS
 
 ENCODER, WIDTH, RECORDS, LABELS, DIRECTIONS, SIDE, RANK = 384, 128, 10, 15, 64, 6, 16
 SCORERS = {"reranker": RECORDS, "adapter": LABELS}

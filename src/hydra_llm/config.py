@@ -243,9 +243,17 @@ class Research(Group):
         return names
 
 
-GROUPS: Mapping[str, type[Group]] = {
-    kind.__name__.lower(): kind for kind in (Retrieval, LLM, Model, Training, Selection, Research)
-}
+class Run(Group):
+    """Where a command's work is done."""
+
+    engine: str = Field(default="local", pattern=r"^(local|ray(:[^:/]+:\d+)?)$")
+    """local: this process; ray: workers of Ray on this machine, or of the cluster that runs on it;
+    ray:HOST:PORT: workers of that cluster. The results are the same.
+    """
+
+
+_KINDS: tuple[type[Group], ...] = (Retrieval, LLM, Model, Training, Selection, Research, Run)
+GROUPS: Mapping[str, type[Group]] = {kind.__name__.lower(): kind for kind in _KINDS}
 GROUP_OF = {name: group for group, kind in GROUPS.items() for name in kind.model_fields}
 STORED_NAMES: Mapping[str, str] = {
     "abstention_threshold": "caution",
@@ -257,7 +265,7 @@ RENAMED = {old: new for new, old in STORED_NAMES.items()}
 NAMES = Names(GROUP_OF, RENAMED)
 
 
-class Settings(Research, Selection, Training, Model, LLM, Retrieval):
+class Settings(Run, Research, Selection, Training, Model, LLM, Retrieval):
     """All settings, flat: all that changes a result, beside the data and the LLM.
 
     `Settings(...)` reads no environment and no file; `load_settings` does. Names may be flat
@@ -288,6 +296,7 @@ class Settings(Research, Selection, Training, Model, LLM, Retrieval):
 
 
 LOCAL = frozenset(LLM.model_fields) - {"max_tokens", "samples", "temperature", "constrain"}
+LOCAL |= frozenset(Run.model_fields)
 """Settings that a bundle does not carry: they belong to the machine and the run."""
 
 CHANGEABLE = {"prompt_style", "greedy_first", "parsing", "rerank", "vote_share", "ask"}

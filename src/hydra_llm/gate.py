@@ -293,6 +293,9 @@ class LexicalGate(Gate):
         self.embed, self.reads_vectors = embed, embed is not None
         self._classifier = lru_cache(maxsize=256)(self.fit)
 
+    def __reduce__(self) -> tuple[Any, ...]:  # another process fits its own
+        return LexicalGate, (self.embed,)
+
     def belongs(self, context: Context) -> bool:
         question, inputs = context.query.input, self._inputs(context)
         if len(inputs) < LEAST_RECORDS or repeats(question, inputs):

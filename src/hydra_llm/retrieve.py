@@ -9,8 +9,9 @@ pairs (`text.search_words`). Knows no LLM.
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from random import Random as Generator
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from cachetools import LRUCache
@@ -93,6 +94,9 @@ class _ByScore:
             name = type(self).__name__.lower()
             raise SettingsError(f"the {name} retriever needs an encoder")
         self.embed, self.seed, self.text = embed, seed, text
+
+    def __reduce__(self) -> tuple[Any, ...]:  # another process makes indexes of its own
+        return partial(type(self), embed=self.embed, seed=self.seed, text=self.text), ()
 
     def retrieve(self, query: Query, records: Sequence[Record], m: int) -> list[Ranked]:
         if m <= 0 or not records:

@@ -48,6 +48,10 @@ class Featurizer:
         self._own_words = OwnWords()
         self._past: FIFOCache[Choice, choices.PastChoice] = FIFOCache(KEPT_CHOICES)
 
+    def __reduce__(self) -> tuple[Any, ...]:  # another process counts and keeps its own
+        models = self.word_model, self._word_models
+        return Featurizer, (self.task, self.features, self.stats, *models)
+
     def vectorize(self, records: Sequence[Record]) -> HistoryVectors:
         """Visible records as vectors; `Context.vectors` carries them through one question."""
         return self._completed(self._rows(records), records, self._past_choices(records))

@@ -26,7 +26,7 @@ from hydra_llm.datasets.dataset import DataSet, Split
 from hydra_llm.datasets.native import load, save
 from hydra_llm.model.interactions import Groups, LabelBilinear
 from hydra_llm.tasks.base import Task
-from hydra_llm.training import api, resume, work
+from hydra_llm.training import api, fitting, resume, work
 from hydra_llm.training.api import fit, learn, sampled_users
 from hydra_llm.training.calibration import FitReport
 from hydra_llm.training.learned import Learned
@@ -140,7 +140,7 @@ def test_neither_learning_nor_fitting_holds_all_histories(
         most = max(most, alive())
         return solve_heads(*args)
 
-    monkeypatch.setattr(work, "solve_heads", counted)
+    monkeypatch.setattr(fitting, "solve_heads", counted)
     data = load(tmp_path / "data")
     folder, few = tmp_path / "bundle", settings(base_users=5)
     before = alive()

@@ -35,6 +35,9 @@ class PartlyFailed(LLMError):
         super().__init__(message)
         self.partial = partial
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PartlyFailed, (str(self), self.partial)
+
 
 @runtime_checkable
 class ChatLLM(Protocol):

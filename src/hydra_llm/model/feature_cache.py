@@ -49,15 +49,39 @@ class FeatureCache:
         self._passing: FIFOCache[bytes, Kept] = FIFOCache(PASSING)
         self._file = _open(path) if path is not None else None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the file itself; what is in memory stays here."""
+        return FeatureCache, (self.encoder, self.path), {"keep": self.keep}
+
     def texts(self, texts: Sequence[str], *, keep: bool | None = None) -> np.ndarray:
         """As `Encoder.encode`. `keep`: the file gets all of them or none; by default the new."""
         return self._rows([(text,) for text in texts], keep)
 
     def missing(self, texts: Sequence[str]) -> int:
         """How many of these texts would have to be encoded."""
-        keys = list(set(_keys(self.encoder.digest, [(text,) for text in texts])))
+        return len(self.absent(texts))
+
+    def absent(self, texts: Sequence[str]) -> list[str]:
+        """Those of these texts that would have to be encoded, each once."""
+        keys = dict(
+            zip(_keys(self.encoder.digest, [(text,) for text in texts]), texts, strict=True)
+        )
         with self._lock:
-            return len(keys) - len(self._recall(keys))
+            known = self._recall(list(keys))
+        return [text for key, text in keys.items() if key not in known]
+
+    def add(self, texts: Sequence[str], vectors: np.ndarray) -> None:
+        """Keep the vectors [B, H] of distinct texts that were encoded elsewhere."""
+        items: list[Item] = [(text,) for text in texts]
+        keys = _keys(self.encoder.digest, items)
+        with self._lock:
+            self.misses += len(keys)
+            for key, item, vector in zip(keys, items, vectors, strict=True):
+                self._memory[key] = (vector, tuple(map(hash, item)))
+            if self.keep:
+                self._store(
+                    dict(zip(keys, vectors, strict=True)), dict(zip(keys, items, strict=True))
+                )
 
     def holds(self, count: int) -> bool:
         """Whether so many vectors stay: in the file, or else in memory."""

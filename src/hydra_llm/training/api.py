@@ -179,7 +179,7 @@ def blank_bundle(
     store = FeatureCache(encoder, settings.cache / "features.sqlite")
     store.progress = partial(progress, STAGE)
     histories = [records[user] for user in (records if base is None else base)]
-    encode_ahead(store, texts_of_stats(histories), progress)
+    encode_ahead(store, texts_of_stats(histories), progress, settings.engine)
     stats = fit_stats(task, store, histories)
     bundle = Bundle(task, settings, dict(llm.identity), store, stats, records=records)
     return replace(bundle, precision=encoder.precision)

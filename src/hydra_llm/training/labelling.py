@@ -19,7 +19,7 @@ from hydra_llm.context import Context
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import LLMError
 from hydra_llm.history import as_query, before, in_order, precedes, with_pasts
-from hydra_llm.llm.concurrency import Progress, at_once, map_calls
+from hydra_llm.llm.concurrency import Progress
 from hydra_llm.pipeline import Records, UserPipeline
 from hydra_llm.plugins import HEADS
 from hydra_llm.rerank import record_text
@@ -27,6 +27,7 @@ from hydra_llm.select import all_labels, candidate_text, offered_candidates
 from hydra_llm.side_features import Featurizer
 from hydra_llm.tasks.base import Task
 from hydra_llm.training.dataset import LabelledGroup
+from hydra_llm.training.engine import open_engine
 from hydra_llm.types import Candidate, Choice, Proposal, Query, Ranked, Record, Usage
 
 
@@ -134,9 +135,8 @@ async def reranker_groups(
     greedy = {"samples": 1, "greedy_first": True, "candidates": "sampled"}
     once = replace(personalizer, settings=settings.model_copy(update=greedy))
 
-    ask, distinct = partial(_usefulness, once), list(asked.values())
-    limit = at_once(once.llm, settings.concurrency)
-    found = await map_calls(ask, distinct, limit=limit, progress=progress)
+    distinct = [(context.query, item) for context, item in asked.values()]
+    found = await open_engine(settings.engine).ask(_usefulness, once, distinct, progress)
     results = dict(zip(asked, found, strict=True))
     useful: dict[Query, list[tuple[Ranked, float]]] = {}
     for (context, item), key in zip(cases, asked_as, strict=True):
@@ -149,9 +149,9 @@ async def reranker_groups(
         return [group(_seen(featurizer, own), useful[own.query]) for own in judged]
 
     out = Collected(groups, calls=len(distinct))
-    for (context, item), result in zip(distinct, found, strict=True):
+    for (query, item), result in zip(distinct, found, strict=True):
         if isinstance(result, LLMError):
-            out.failures.append(f"query {context.query.id}, record {item.record.id}: {result}")
+            out.failures.append(f"query {query.id}, record {item.record.id}: {result}")
             out.usage += Usage(failed=1)
         else:
             out.usage += result[1]
@@ -160,10 +160,10 @@ async def reranker_groups(
 
 
 async def _usefulness(
-    once: UserPipeline, case: tuple[Context, Ranked]
+    once: UserPipeline, case: tuple[Query, Ranked]
 ) -> tuple[float, Usage, list[str]]:
     """The gain of the LLM's answer with this record alone, what it cost, and notes."""
-    query, item = case[0].query, case[1]
+    query, item = case
     prompt = once.render(query, [item])
     sampled = await once.sample(once.llm, prompt)
     gain = once.task.gain(sampled.candidates[0].answer, query.gold or "")
@@ -222,12 +222,9 @@ async def adapter_groups(
 ) -> Collected:
     """Let the LLM propose candidates for each query, each with its gain."""
     contexts = [personalizer.context_of(query) for query in queries]
-    limit = at_once(personalizer.llm, personalizer.settings.concurrency)
-
-    async def propose(context: Context) -> Proposal:
-        return await personalizer.apropose(context.without_vectors())
-
-    proposals = await map_calls(propose, contexts, limit=limit, progress=progress)
+    sent = [replace(context, vectorize=None) for context in contexts]
+    engine = open_engine(personalizer.settings.engine)
+    proposals = await engine.ask(_propose, personalizer, sent, progress)
     offers: list[tuple[Context, list[Candidate]]] = []
 
     def groups(featurizer: Featurizer) -> list[LabelledGroup]:
@@ -245,6 +242,11 @@ async def adapter_groups(
             if candidates := _offered(personalizer, proposal):
                 offers.append((context, candidates))
     return out
+
+
+async def _propose(personalizer: UserPipeline, context: Context) -> Proposal:
+    """The candidates for a context, which is a copy: one to keep would keep its vectors."""
+    return await personalizer.apropose(replace(context, vectorize=personalizer.vectorize))
 
 
 def unasked_groups(

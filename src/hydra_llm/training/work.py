@@ -3,7 +3,7 @@
 `api.py` opens what they need and says who is learned from.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -17,42 +17,42 @@ from hydra_llm.llm.concurrency import StageProgress
 from hydra_llm.llm.none import NoLLM, is_none
 from hydra_llm.model.upgrade import reranker_helps
 from hydra_llm.pipeline import UserPipeline
-from hydra_llm.rerank import record_text
 from hydra_llm.side_features import Featurizer
 from hydra_llm.training.adaptive import Label, Rounds, in_turns, judge_by_refit, judge_by_votes
 from hydra_llm.training.choosing import choose_sampling, chosen_over, judged, some_of_each
 from hydra_llm.training.dataset import LabelledGroup
 from hydra_llm.training.encode import encode_histories
+from hydra_llm.training.engine import open_engine
+from hydra_llm.training.fitting import (
+    ADAPTER,
+    RERANKER,
+    Block,
+    Fitting,
+    blocks,
+    fit_block,
+    plain_pipeline,
+    weak_groups,
+)
 from hydra_llm.training.gate import fit_gate
 from hydra_llm.training.labelling import (
     Asked,
     Collected,
     adapter_groups,
     asks_of_records,
-    choice_groups,
     made_once,
     offers_all,
     reads_labels,
     reranker_groups,
     training_queries,
     unasked_groups,
-    weak_adapter_groups,
-    weak_reranker_groups,
 )
 from hydra_llm.training.learned import Learned
 from hydra_llm.training.resume import SampleCheckpoint
 from hydra_llm.training.strengths import Strengths
-from hydra_llm.training.train_scorer import (
-    LabelledData,
-    head_data,
-    solve_heads,
-    target_rule,
-    train_scorer,
-)
+from hydra_llm.training.train_scorer import LabelledData, target_rule, train_scorer
 from hydra_llm.training.word_model import TOO_FEW, WordModels, learn_word_model
-from hydra_llm.types import Overlaid, Query, Record, StageCost
+from hydra_llm.types import Overlaid, Query, StageCost
 
-RERANKER, ADAPTER = "reranker", "adapter"
 ADAPTER_LABELS = "labelling"  # the report's entry on adaptive labelling
 STAGES = {RERANKER: "label records", ADAPTER: "label candidates"}
 WORD_STAGE, CHOICE_STAGE = "fit word model", "choose sampling"
@@ -65,7 +65,6 @@ ERRORS = {  # of the report, told where a sample was learned from
     "loss_user_error": "the held-out loss",
 }
 NO_LLM = "no LLM was given"
-BLOCK_RECORDS = 10_000  # about how many are labelled and fitted at once: 400 MB of features
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ class Work:
 
         def data_of(collected: Collected) -> LabelledData:
             def made(featurizer: Featurizer) -> list[LabelledGroup]:
-                weak = _weak_groups(name, plain, featurizer, users)
+                weak = weak_groups(name, plain, featurizer, users)
                 return [*collected.groups(featurizer), *weak]
 
             return LabelledData(
@@ -209,9 +208,7 @@ class Work:
 
     def plain(self, name: str) -> UserPipeline:
         """The pipeline without the scorer that is to be learned or fitted."""
-        bundle, adapt = self.learned.bundle, name == RERANKER
-        rerank = name == ADAPTER and bundle.settings.label_order != "retriever"
-        return bundle.personalizer(self.llm, rerank=rerank, adapt=adapt)
+        return plain_pipeline(self.learned.bundle, self.llm, name)
 
     async def collect(
         self,
@@ -283,19 +280,60 @@ class Work:
         """The heads of these users, block by block. `stage`: of the progress; `done` is called
         after each block.
         """
-        bundle, fitted = self.learned.bundle, 0
+        bundle = self.learned.bundle
         asks = {
             name: self.asks_to_fit(name) for name in (RERANKER, ADAPTER) if name in bundle.scorers
         }
         # With an LLM all at once: its calls take longer than all else, and are told together.
-        at_once = not users or (any(asks.values()) and not is_none(self.llm))
-        for block in [users] if at_once else blocks(users, bundle.records):
-            every = list(chain.from_iterable(bundle.records[user] for user in block))
-            encode_histories(bundle, every, self.progress, ranks=bundle.reranker is not None)
-            fitted += len(block)
-            for name in asks:
-                await self._fit(name, block, asks=asks[name])
-                self.progress(stage or f"fit {name}", fitted, len(users))
+        if users and not (any(asks.values()) and not is_none(self.llm)):
+            self._fit(Fitting(bundle, list(asks), progress=self.progress), users, stage, done)
+            return
+        every = list(chain.from_iterable(bundle.records[user] for user in users))
+        encode_histories(bundle, every, self.progress, ranks=bundle.reranker is not None)
+        for name, is_asked in asks.items():
+            plain, bundle = self.plain(name), self.learned.bundle
+            collected = await self.collect(name, plain, users if is_asked else [])
+            fitting = Fitting(bundle, [name], encodes=False, progress=self.progress)
+            asked = collected.groups(bundle.featurizer)
+            self._fit(fitting, users, stage, done, asked=asked, at_once=True)
+
+    def _fit(
+        self,
+        fitting: Fitting,
+        users: Sequence[str],
+        stage: str,
+        done: Callable[[], None],
+        *,
+        asked: Sequence[LabelledGroup] = (),
+        at_once: bool = False,
+    ) -> None:
+        """Heads by the engine; `asked` is what the LLM labelled, `at_once` of users in memory."""
+        learned, fitted, records = self.learned, 0, fitting.bundle.records
+        engine, own = open_engine(fitting.bundle.settings.engine), dict[str, list[LabelledGroup]]()
+        for group in asked:
+            own.setdefault(group.user, []).append(group)
+        parts = (
+            Block(
+                block,
+                {user: records[user] for user in block},
+                list(chain.from_iterable(own.get(user, ()) for user in block)),
+            )
+            for block in ([users] if at_once and not engine.spreads else blocks(users, records))
+        )
+        shared = fitting.elsewhere() if engine.spreads else fitting
+        for block in engine.each(fit_block, shared, parts):
+            fitted += len(block.users)
+            for name, heads in block.heads.items():
+                place = f"fit {name}"
+                before = learned.stages.get(place, StageCost(0, 0.0))
+                counts = before.users + len(block.users), before.seconds + block.seconds[name]
+                learned.stages[place] = StageCost(*counts, before.usage)
+                learned.solved[place] = learned.solved.get(place, 0.0) + block.solved[name]
+                known = Overlaid(heads, learned.bundle.heads.get(name, {}))
+                learned.bundle = replace(
+                    learned.bundle, heads={**learned.bundle.heads, name: known}
+                )
+                self.progress(stage or place, fitted, len(users))
             done()
 
     async def learn_from(
@@ -335,29 +373,6 @@ class Work:
             await others.fit_users(missing, "fit heads", done_now)
         learned.users = tuple(users)
 
-    async def _fit(self, name: str, users: Sequence[str], *, asks: bool) -> None:
-        learned, stage = self.learned, f"fit {name}"
-        bundle, plain = learned.bundle, self.plain(name)
-        groups = _weak_groups(name, plain, bundle.featurizer, users)
-        if asks:
-            collected = await self.collect(name, plain, users)
-            groups += collected.groups(bundle.featurizer)
-        started = perf_counter()
-        labelled, encoded = head_data(bundle, name, groups), perf_counter()
-        heads = solve_heads(bundle, name, labelled, users)
-        ended, before = perf_counter(), learned.stages.get(stage, StageCost(0, 0.0))
-        learned.solved[stage] = learned.solved.get(stage, 0.0) + ended - encoded
-        own = Overlaid(heads, bundle.heads.get(name, {}))
-        learned.bundle = replace(bundle, heads={**bundle.heads, name: own})
-        seconds = before.seconds + ended - started
-        learned.stages[stage] = StageCost(before.users + len(users), seconds, before.usage)
-        # Encode what the reranker reads of these users: else their first question waits for it.
-        if name == RERANKER and not bundle.scorers[name].interaction.reads_pairs:
-            with_answer = bundle.settings.record_answer
-            records = chain(*(bundle.records[user] for user in users))
-            texts = [record_text(record, with_answer=with_answer) for record in records]
-            bundle.features.texts(texts)
-
     def asks_to_fit(self, name: str) -> bool:
         """Whether heads of this scorer are fitted to what the LLM does, beside recorded choices."""
         bundle, of_llm = self.learned.bundle, self.learned.bundle.settings.reranker_labels == "llm"
@@ -365,35 +380,3 @@ class Work:
             return of_llm
         by_words = bundle.word_model is not None and bundle.settings.fit_labels == "history"
         return not offers_all(bundle.task, bundle.settings) and (of_llm or not by_words)
-
-
-def blocks(
-    users: Sequence[str], records: Mapping[str, Sequence[Record]], most: int = BLOCK_RECORDS
-) -> Iterator[list[str]]:
-    """The users in order, as many at once as have about `most` records: what is made of them fits
-    into memory, however many there are.
-    """
-    block, count = list[str](), 0
-    for user in users:
-        block, count = [*block, user], count + len(records.get(user, ()))
-        if count >= most:
-            yield block
-            block, count = [], 0
-    if block:
-        yield block
-
-
-def _weak_groups(
-    name: str, plain: UserPipeline, featurizer: Featurizer, users: Sequence[str]
-) -> list[LabelledGroup]:
-    """The groups that histories give without an LLM: not for a reranker that learns as published;
-    for an adapter that does not learn from every label, recorded choices alone.
-    """
-    if name == RERANKER and plain.settings.reranker_labels != "llm":
-        return [group for user in users for group in weak_reranker_groups(plain, featurizer, user)]
-    if name == ADAPTER and offers_all(plain.task, plain.settings):
-        records = (plain.records[user] for user in users)
-        return [group for own in records for group in weak_adapter_groups(featurizer, own)]
-    if name == ADAPTER:
-        return [group for user in users for group in choice_groups(featurizer, plain.records[user])]
-    return []
