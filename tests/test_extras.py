@@ -72,6 +72,11 @@ COMMANDS = {
     "otel": [["serve", "--llm", "fake:echo", "--port", "0", "--set", "traces=otlp"]],
     "embedded": [["llm", "check", "gguf:model.gguf"], ["llm", "check", "smollm2"]],
     "openvino": [["llm", "check", "openvino:model.gguf"]],
+    "ray": [
+        ["learn", "data", "--out", "bundle", "--engine", "ray"],
+        ["fit", "data", "--bundle", "bundle", "--engine", "ray:127.0.0.1:6379"],
+        ["bench", "run", "data", "--out", "run", "--engine", "ray"],
+    ],
     "bench": [
         ["bench", "run", "data", "--llm", "fake:echo", "--out", "run", "--methods", "rag@1"],
         ["bench", "show", "run"],

@@ -4,6 +4,7 @@ A bundle's settings take the place of the defaults. Each group documents its set
 the flat, frozen `Settings` (`settings.k`). API keys are not settings: the OpenAI SDK reads them.
 """
 
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -236,6 +237,18 @@ class Research(Group):
     fit_seed: int | None = Field(default=None, ge=0)
     """Seed of folds and training; None is `seed`. Bundles differing in it alone share labels."""
 
+    engine: str = "local"
+    """Who labels, encodes and fits heads: local, this process; ray, workers of Ray on this machine
+    or of the cluster that it is part of; ray:HOST:PORT, of that cluster. The results are the same.
+    """
+
+    @field_validator("engine")
+    @classmethod
+    def _known_engine(cls, name: str) -> str:
+        if name not in ("local", "ray") and not re.fullmatch(r"ray:[^/:]+:\d+", name):
+            raise ValueError("take local, ray or ray:HOST:PORT")
+        return name
+
     @field_validator("candidate_prompts")
     @classmethod
     def _known_prompts(cls, names: str) -> str:
@@ -243,17 +256,9 @@ class Research(Group):
         return names
 
 
-class Run(Group):
-    """Where a command's work is done."""
-
-    engine: str = Field(default="local", pattern=r"^(local|ray(:[^:/]+:\d+)?)$")
-    """local: this process; ray: workers of Ray on this machine, or of the cluster that runs on it;
-    ray:HOST:PORT: workers of that cluster. The results are the same.
-    """
-
-
-_KINDS: tuple[type[Group], ...] = (Retrieval, LLM, Model, Training, Selection, Research, Run)
-GROUPS: Mapping[str, type[Group]] = {kind.__name__.lower(): kind for kind in _KINDS}
+GROUPS: Mapping[str, type[Group]] = {
+    kind.__name__.lower(): kind for kind in (Retrieval, LLM, Model, Training, Selection, Research)
+}
 GROUP_OF = {name: group for group, kind in GROUPS.items() for name in kind.model_fields}
 STORED_NAMES: Mapping[str, str] = {
     "abstention_threshold": "caution",
@@ -265,7 +270,7 @@ RENAMED = {old: new for new, old in STORED_NAMES.items()}
 NAMES = Names(GROUP_OF, RENAMED)
 
 
-class Settings(Run, Research, Selection, Training, Model, LLM, Retrieval):
+class Settings(Research, Selection, Training, Model, LLM, Retrieval):
     """All settings, flat: all that changes a result, beside the data and the LLM.
 
     `Settings(...)` reads no environment and no file; `load_settings` does. Names may be flat
@@ -296,11 +301,11 @@ class Settings(Run, Research, Selection, Training, Model, LLM, Retrieval):
 
 
 LOCAL = frozenset(LLM.model_fields) - {"max_tokens", "samples", "temperature", "constrain"}
-LOCAL |= frozenset(Run.model_fields)
+LOCAL |= {"engine"}
 """Settings that a bundle does not carry: they belong to the machine and the run."""
 
 CHANGEABLE = {"prompt_style", "greedy_first", "parsing", "rerank", "vote_share", "ask"}
-CHANGEABLE |= {"candidate_prompts", "encoder_precision"}
+CHANGEABLE |= {"candidate_prompts", "encoder_precision", "engine"}
 _LEARNED = {"users", "labelled_users", *Model.model_fields, *Research.model_fields}
 FIXED = frozenset(_LEARNED - CHANGEABLE)
 """Fixed when a bundle is learned. `fit`, `ask`, `bench run` may change LLM calls and selection."""

@@ -68,7 +68,7 @@ def run(
     k: Annotated[str, Option(help="Records in the prompt, comma-separated, for all.")] = "1,2,4",
     b: Annotated[str, Option("--b", help="Candidates, comma-separated, for all.")] = "8",
     seeds: Annotated[str | None, Option(help="Seeds of training, comma-separated.")] = None,
-    options: opt.RunSettings,
+    options: opt.LearnSettings,
     bundle: Annotated[Path | None, Option(help="A bundle; default: one is learned.")] = None,
     users: Users = None,
     limit: opt.Limit = None,

@@ -28,7 +28,7 @@ SHOWN_REASONS, REASON_WIDTH = 8, 70  # parts and records for people, and charact
 @opt.with_option_sets
 def learn(
     out: Annotated[Path, Option(help="Folder of the new bundle; an older one is replaced.")],
-    options: opt.RunSettings,
+    options: opt.LearnSettings,
     selection: opt.Selection,
     recording: opt.Recording,
     llm: opt.LearnLLM = NONE,
@@ -77,7 +77,7 @@ def learn(
 def fit(
     data: Annotated[Path, Argument(help="A data set with the users' histories.")],
     bundle: opt.BundleFolder,
-    options: opt.RunSettings,
+    options: opt.LearnSettings,
     recording: opt.Recording,
     llm: opt.LearnLLM = NONE,
     user: Annotated[list[str] | None, Option(help="Id; repeatable; default: split 'test'.")] = None,

@@ -15,6 +15,7 @@ from typer import Option
 from hydra_llm.cli import console
 from hydra_llm.config import NAMES, Settings, load_settings
 from hydra_llm.errors import SettingsError
+from hydra_llm.extras import require
 from hydra_llm.llm.base import Batch
 from hydra_llm.llm.cache import CachedLLM, merge_recording, write_recording
 from hydra_llm.llm.registry import open_llm
@@ -101,6 +102,21 @@ class RunSettings(GivenSettings):
 
         bundle = Bundle.load(folder, here=self.settings(**flags))
         return bundle, bundle.settings_with(self.preset, self.config, **self.given(**flags))
+
+
+@dataclass(frozen=True)
+class LearnSettings(RunSettings):
+    """Settings of commands that learn or fit, with `--engine`."""
+
+    engine: Annotated[str | None, Option(help="local, ray, or ray:HOST:PORT (Ray's workers).")] = (
+        None
+    )
+
+    def given(self, **flags: Any) -> dict[str, Any]:
+        given = super().given(engine=self.engine, **flags)
+        if str(given.get("engine", "")).startswith("ray"):
+            require("ray", "--engine ray")  # before a command imports what takes seconds
+        return given
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ class _RemoteLLM:
     mailbox: Any
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
-        answer = await self.mailbox.ask.remote([dict(own) for own in messages], sampling)
+        answer = await self.mailbox.ask.remote(tuple(map(dict, messages)), sampling)
         if isinstance(answer, Exception):
             raise answer
         return answer  # type: ignore[no-any-return]
