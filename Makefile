@@ -9,7 +9,7 @@ NEW_ENOUGH := { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 
 
 DATA ?= $(firstword $(wildcard data ../data ../shared/data))
 
-.PHONY: demo test test-fast check format docs docs-site install deploy image clients walk bench bench-replay audit clean help
+.PHONY: demo test test-fast test-ray check format docs docs-site install deploy image clients walk bench bench-replay audit clean help
 
 help: ## Show these lines
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
@@ -25,6 +25,16 @@ test: $(READY) ## Set up, then run all tests (offline; beside a PostgreSQL, if o
 
 test-fast: $(READY) ## The tests that take no more than about a second each
 	@$(PYTEST) -m "not slow and not llm" --hypothesis-profile fast
+
+test-ray: .ray/.ready ## The tests of `--engine ray` on a local cluster of two workers (once: 75 MB into .ray, beside .venv)
+	@env OMP_NUM_THREADS=1 .ray/bin/python -m pytest -q -p no:xdist tests/training/test_ray.py
+
+.ray/.ready: $(READY) constraints.txt
+	@$(BIN)/python -m venv .ray
+	@$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		>"$$(.ray/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth"
+	@.ray/bin/python -m pip install --quiet --constraint constraints.txt ray
+	@touch $@
 
 check: $(READY) ## Style, types, import direction, README code and command help
 	@$(BIN)/ruff check
@@ -90,7 +100,7 @@ audit: $(READY) ## Known vulnerabilities of the pinned packages, where the data 
 	@$(BIN)/python tools/audit.py
 
 clean: ## Remove the virtual environment and all caches of tools
-	rm -rf $(VENV) dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .ray dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp comes last, so that an interrupted set-up is taken up again. The demo's packages carry data and models only:

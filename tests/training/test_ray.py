@@ -24,7 +24,7 @@ from tests.training.test_engine import Choosing, asking, learned
 from tests.training.test_sample import RECORDS, made, same_heads, settings
 from tests.waiting import FOREVER
 
-ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed (150 MB)")
+ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed (make test-ray has it)")
 pytestmark = pytest.mark.slow
 
 

@@ -112,11 +112,12 @@ class LearnSettings(RunSettings):
         None
     )
 
-    def given(self, **flags: Any) -> dict[str, Any]:
-        given = super().given(engine=self.engine, **flags)
-        if str(given.get("engine", "")).startswith("ray"):
+    def __post_init__(self) -> None:
+        if (self.engine or "").startswith("ray"):
             require("ray", "--engine ray")  # before a command imports what takes seconds
-        return given
+
+    def given(self, **flags: Any) -> dict[str, Any]:
+        return super().given(engine=self.engine, **flags)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from hydra_llm.extras import require
 require("ray", "engine=ray")
 
 import asyncio
+import logging
 import os
 import socket
 from collections import deque
@@ -33,13 +34,17 @@ from hydra_llm.pipeline import UserPipeline
 from hydra_llm.training.engine import Asks
 from hydra_llm.types import Generation, Message
 
+log = logging.getLogger(__name__)
 S = TypeVar("S")
 P = TypeVar("P")
 R = TypeVar("R")
 QUESTIONS = 32  # of a part at most: so many are open at once in each worker
+IN_PROCESS = ("gguf", "openvino")  # LLMs that no other process can ask
+SERVED = "serve it and give openai:MODEL@URL, and workers gain more than retrieval and parsing"
 AHEAD = 2  # parts for each worker that are sent at once: more would only fill memory
 RETRIES = 5  # how often a part is done again whose worker died
 OPEN = 10_000  # questions at most that wait for an answer
+SAID = 300  # characters of what Ray says
 CONNECT = 5.0  # seconds to reach a cluster
 
 
@@ -72,6 +77,8 @@ class RayEngine:
         progress: Progress | None = None,
     ) -> list[R | LLMError]:
         asked = _Asked(pipeline.llm)
+        if (kind := asked.remote.identity.get("kind")) in IN_PROCESS:
+            log.warning("engine=ray: %s answers in this process alone: %s", kind, SERVED)
         settings = pipeline.settings.model_copy(update={"engine": "local"})
         remote = replace(pipeline, llm=asked.remote, settings=settings, records={}, heads={})
         size = max(1, min(QUESTIONS, ceil(len(items) / self.workers)))
@@ -226,13 +233,19 @@ def _connect(address: str) -> None:
             fix = "start it by `ray start --head`, or take engine=ray for this machine alone"
             fault = f"no cluster can be reached there ({error})"
             raise SettingsError(f"engine=ray:{address}: {fault}: {fix}") from None
+    # Ray prints what it says of dead workers to standard output, where a command's JSON goes.
+    ray._private.worker.print_to_stdstream = _log_of_ray
     quiet = {"logging_level": "ERROR", "log_to_driver": False}
     try:
-        ray.init(address or None, include_dashboard=None if address else False, **quiet)
+        ray.init(address or None, **quiet)
     except (RayError, OSError, RuntimeError, ValueError) as error:
         fix = "run `ray start --address=HOST:PORT` on this machine, or take engine=ray alone"
         said = " ".join(str(error).split())
         raise SettingsError(f"engine=ray: cannot join the cluster ({said}): {fix}") from None
+
+
+def _log_of_ray(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
+    log.warning("engine=ray: %s", " ".join(" ".join(data["lines"]).split())[:SAID])
 
 
 def _put(shared: Any) -> Any:
@@ -262,7 +275,7 @@ def _cause(error: RayError) -> Exception:
     if isinstance(error, RayTaskError):
         cause = error.cause
         return cause if isinstance(cause, Exception) else error
-    said = " ".join(str(error).split())[:300]
+    said = " ".join(str(error).split())[:SAID]
     fix = "the same command goes on; `ray status` and Ray's logs say more"
     return HydraError(f"engine=ray: workers of a part were lost ({said}): {fix}")
 
