@@ -291,10 +291,12 @@ class Work:
         every = list(chain.from_iterable(bundle.records[user] for user in users))
         encode_histories(bundle, every, self.progress, ranks=bundle.reranker is not None)
         for name, is_asked in asks.items():
-            plain, bundle = self.plain(name), self.learned.bundle
-            collected = await self.collect(name, plain, users if is_asked else [])
+            bundle, asked = self.learned.bundle, list[LabelledGroup]()
+            if is_asked:
+                asked = (await self.collect(name, self.plain(name), users)).groups(
+                    bundle.featurizer
+                )
             fitting = Fitting(bundle, [name], encodes=False, progress=self.progress)
-            asked = collected.groups(bundle.featurizer)
             self._fit(fitting, users, stage, done, asked=asked, at_once=True)
 
     def _fit(
@@ -312,13 +314,14 @@ class Work:
         engine, own = open_engine(fitting.bundle.settings.engine), dict[str, list[LabelledGroup]]()
         for group in asked:
             own.setdefault(group.user, []).append(group)
+        whole = at_once and not (engine.spreads and users)
         parts = (
             Block(
                 block,
                 {user: records[user] for user in block},
                 list(chain.from_iterable(own.get(user, ()) for user in block)),
             )
-            for block in ([users] if at_once and not engine.spreads else blocks(users, records))
+            for block in ([users] if whole else blocks(users, records))
         )
         shared = fitting.elsewhere() if engine.spreads else fitting
         for block in engine.each(fit_block, shared, parts):
