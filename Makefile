@@ -33,7 +33,7 @@ test-ray: .ray/.ready ## The tests of `--engine ray` on a local cluster of two w
 	@$(BIN)/python -m venv .ray
 	@$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
 		>"$$(.ray/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth"
-	@.ray/bin/python -m pip install --quiet --constraint constraints.txt ray
+	@.ray/bin/python -m pip install --quiet --constraint constraints.txt --no-deps ray msgpack
 	@touch $@
 
 check: $(READY) ## Style, types, import direction, README code and command help
