@@ -38,6 +38,7 @@ BRINGS = {  # extra → the others that it holds
     "bench": ["learn", "openai"],
     "demo": ["bench", "embedded", "learn", "openai"],
     "learn": ["openai"],
+    "ray": ["learn", "openai"],
     "report": ["bench", "learn", "openai"],
     "all": ["bench", "demo", "embedded", "learn", "mcp", "openai", "otel", "report", "server"],
 }
