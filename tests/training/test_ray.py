@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,12 @@ import pytest
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.datasets.native import save
-from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused
+from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused, SettingsError
 from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.fake import FailingLLM
 from hydra_llm.training import work
 from hydra_llm.training.api import learn
+from hydra_llm.training.engine import open_engine
 from hydra_llm.types import Generation, Message
 from tests.learning import ONE_STRENGTH
 from tests.training.test_engine import Choosing, asking, learned
@@ -97,11 +99,12 @@ def test_labels_calls_and_heads_are_the_same(
 
 
 def test_a_killed_workers_part_asks_for_nothing_twice(
-    local: tuple[Bundle, list[str]], tmp_path: Path
+    local: tuple[Bundle, list[str]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     llm = Killing()
     bundle = learned(asking(tmp_path, engine="ray"), llm)
     assert llm.killed
+    assert capfd.readouterr().out == "", "a command prints its result there"
     assert sorted(llm.asked) == local[1]
     same_bundles(bundle, local[0])
 
@@ -160,6 +163,11 @@ def test_calls_that_fail_are_left_out(tmp_path: Path) -> None:
     assert local.failures == there.failures
     assert len(local.failures) > 5
     same_bundles(local.bundle, there.bundle)
+
+
+def test_what_cannot_be_sent_is_one_line() -> None:
+    with pytest.raises(SettingsError, match="cannot be sent to workers .* take engine=local"):
+        list(open_engine("ray").each(max, threading.Lock(), [1]))
 
 
 def test_an_unreachable_cluster_is_one_line(tmp_path: Path) -> None:

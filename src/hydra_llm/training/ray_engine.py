@@ -223,6 +223,8 @@ class _Asked:
 
 def _connect(address: str) -> None:
     """Raises SettingsError: the cluster cannot be reached, or this machine is not part of it."""
+    # Ray prints what it says of dead workers to standard output, where a command's JSON goes.
+    ray._private.worker.print_to_stdstream = _log_of_ray
     if ray.is_initialized():
         return
     if address:
@@ -233,8 +235,6 @@ def _connect(address: str) -> None:
             fix = "start it by `ray start --head`, or take engine=ray for this machine alone"
             fault = f"no cluster can be reached there ({error})"
             raise SettingsError(f"engine=ray:{address}: {fault}: {fix}") from None
-    # Ray prints what it says of dead workers to standard output, where a command's JSON goes.
-    ray._private.worker.print_to_stdstream = _log_of_ray
     quiet = {"logging_level": "ERROR", "log_to_driver": False}
     try:
         ray.init(address or None, **quiet)
