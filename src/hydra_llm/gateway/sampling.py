@@ -49,9 +49,11 @@ class CandidateSampler:
             results += await self._complete(upstream, bodies[1:], own=0)
         learn_samples(self._capabilities, bodies[-1], results)
         completions, greedy, ahead = [], 0, True
+        mistaken = all(isinstance(own, UpstreamError) and own.is_callers for own in results)
         for sent, result in zip(bodies, results, strict=True):
             if isinstance(result, UpstreamError):
-                self._telemetry.failed("candidates", result)
+                if not mistaken:
+                    self._telemetry.failed("candidates", result)
                 continue
             completions.append(result)
             ahead = ahead and sent.get("temperature") == 0  # endpoints sample where none is given
