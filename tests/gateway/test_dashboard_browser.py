@@ -237,7 +237,7 @@ def test_a_user_does_everything(site: Site, chromium: Any, tmp_path: Path) -> No
         picture(tab, tmp_path, "answer")
         tab.get_by_label("odd").check()
         tab.get_by_role("button", name="Take this candidate").click()
-        assert told(tab) == "Thank you: the correction was kept."
+        assert told(tab) == "Thank you: your feedback was kept."
         assert corrected(site) == "odd"
         tab.get_by_label("Or write what would have been right").fill("calm, as ever")
         tab.get_by_role("button", name="Save this answer").click()
@@ -449,6 +449,9 @@ CUT = """() => {
     const of = (rolls ? scroll : document.documentElement).getBoundingClientRect();
     if (!inside(cell.getBoundingClientRect(), of)) faults.push(`table: ${cell.textContent.trim()}`);
   }
+  for (const tile of document.querySelectorAll('.tiles dd')) {
+    if (tile.scrollWidth > tile.clientWidth) faults.push(`tile: ${tile.textContent}`);
+  }
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   const dates = /\\d{4}-\\d{2}(-\\d{2}( \\d{2}:\\d{2})?)?|\\d{2} [A-Z][a-z]{2}( \\d{2}:\\d{2})?/g;
   while (walker.nextNode()) {
@@ -464,9 +467,9 @@ CUT = """() => {
   }
   return faults;
 }"""
-"""What a page has of cut texts: labels of charts outside of their view box or on each other, cells
-outside of their table's frame (one of many columns, marked `data-wide`, scrolls), dates in two
-lines.
+"""What a page has of cut texts: labels of charts outside of their view box or on each other,
+figures wider than their tile, cells outside of their table's frame (one of many columns, `data-wide`,
+scrolls), dates in two lines.
 """
 TIMES = ("/activity?span=day", "/activity?span=week", "/activity?span=month")
 DAYS = ("/spend?days=7", "/spend?days=30", "/spend?days=90", "/spend?days=1")
