@@ -247,7 +247,10 @@ class Pipeline:
         error.
         """
         settings = self.settings
-        choices = self.task.labels if settings.constrain or self._reads_probabilities else ()
+        # A fake reads no labels in a prompt: one that can draw them is told.
+        draws = llm.identity.get("kind") == "fake" and llm.identity.get("constrains")
+        held = settings.constrain or self._reads_probabilities or draws
+        choices = self.task.labels if held else ()
         shared = Sampling(max_tokens=settings.max_tokens, seed=settings.seed, choices=choices)
         if self._reads_probabilities:
             shared, counts = replace(shared, probabilities=True), [(1, 0.0)]

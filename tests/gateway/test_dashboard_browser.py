@@ -468,8 +468,8 @@ CUT = """() => {
   return faults;
 }"""
 """What a page has of cut texts: labels of charts outside of their view box or on each other,
-figures wider than their tile, cells outside of their table's frame (one of many columns, `data-wide`,
-scrolls), dates in two lines.
+figures wider than their tile, cells outside of their table's frame (one of many columns,
+`data-wide`, scrolls), dates in two lines.
 """
 TIMES = ("/activity?span=day", "/activity?span=week", "/activity?span=month")
 DAYS = ("/spend?days=7", "/spend?days=30", "/spend?days=90", "/spend?days=1")
