@@ -51,7 +51,7 @@ def counts(*values: int) -> dict[str, int]:
 
 
 @pytest.mark.anyio
-async def test_learned_users_are_scored_by_their_own_heads_from_the_first_request(
+async def test_learned_users_have_their_heads_from_the_first_request(
     either: Store, imported: Import, bundles: dict[str, Path]
 ) -> None:
     assert imported(bundles["tags"]) == (0, counts(2, 0, 0), "")
