@@ -7,6 +7,7 @@ names, and print what README says; a line whose command needs the network or a l
 order beside `hydra-llm serve` with the fake LLM.
 """
 
+import json
 import re
 import shlex
 import socket
@@ -52,6 +53,24 @@ def test_shell_line(
     assert run(offline(arguments)) == 0, capsys.readouterr().err
     said = [told for line, told in answers(TEXT).items() if shlex.split(line)[1:] == arguments]
     assert capsys.readouterr().out.split() == said or not said
+
+
+@pytest.mark.slow
+def test_the_fake_answers_with_labels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With README's own prompt, which names none: `--llm fake:rule=labels` is told them."""
+    monkeypatch.chdir(folder)
+    (line,) = [own for own in commands(TEXT) if own[:2] == ["data", "import"] and "--prompt" in own]
+    assert (
+        run([*line[: line.index("--out")], "--out", "of-fake", *line[line.index("--prompt") :]])
+        == 0
+    )
+    more = ["--out", "fake-run", "--methods", "zero-shot,rag@1"]
+    assert run(["bench", "run", "of-fake", "--llm", "fake:rule=labels", *more]) == 0
+    rows = json.loads(Path("fake-run/results.json").read_text(encoding="utf-8"))
+    assert {row["method"] for row in rows} == {"zero-shot", "rag@1"}
+    for row in rows:
+        assert row["unparsable"] == 0
+        assert row["metrics"]["accuracy"][0] > 0
 
 
 def test_readme_shows_what_two_users_get() -> None:

@@ -2,7 +2,8 @@
 
 Builds the wheel of this checkout and runs COMMANDS, one after the other, as a new user would: in an
 empty home folder, with no other variable of the environment than pip's. Nothing of the output is
-changed but the home folder's name. `--keep FOLDER` keeps the home folder.
+changed but the home folder's name. Behind each command stand its seconds by the clock, and of CPU;
+the page says how busy the machine was before. `--keep FOLDER` keeps the home folder.
 
     python tools/first_hour.py
 """
@@ -35,12 +36,16 @@ COMMANDS = (
 HEAD = """# The first hour
 
 From an empty machine to a personal answer, each command with its output as it came; written by
-`tools/first_hour.py`. The machine has Python {python}, {cores} cores and no GPU. `labels.csv` is
+`tools/first_hour.py`. The machine has Python {python}, {cores} and no GPU. `labels.csv` is
 [examples/agents/labels.csv](../examples/agents/labels.csv): what 30 made-up support agents did
 with their tickets (columns user, time, input, output). The LLM is SmolLM2 with 135M parameters,
 inside the process; `openai:gpt-4o-mini` in its place would be a model of an API. pip took the
 wheel of this checkout and the CPU build of torch ([README](../README.md), Install), and what it had
 downloaded before from its cache.
+
+`took` is measured around each command: seconds by the clock, then those of CPU of all its processes
+(more than by the clock: several cores). Waiting for downloads and for other work is in the first
+number alone. {load}
 
 ```console
 """
@@ -80,10 +85,12 @@ def recorded(home: Path, wheels: Path) -> str:
         "PIP_FIND_LINKS": f"{wheels} {pip.get('PIP_FIND_LINKS', '')}",
         "PIP_CONSTRAINT": str(ROOT / "constraints.txt"),
     }
-    lines, began = list[str](), time.monotonic()
+    cores = len(os.sched_getaffinity(0))
+    busy, lines, began = os.getloadavg()[0], list[str](), time.monotonic()
+    load = f"Before the first command {busy:.1f} processes of other work wanted a core."
     for command in COMMANDS:
         print(f"$ {command}", flush=True)
-        started = time.monotonic()
+        started, before = time.monotonic(), cpu_seconds()
         done = subprocess.run(
             ["bash", "-c", command],
             cwd=home,
@@ -96,7 +103,8 @@ def recorded(home: Path, wheels: Path) -> str:
         print(out, flush=True)
         if done.returncode:
             sys.exit(f"exit code {done.returncode}: nothing was written")
-        took = f"# took {time.monotonic() - started:.0f} s"
+        seconds, cpu = time.monotonic() - started, cpu_seconds() - before
+        took = f"# took {seconds:.0f} s, CPU {cpu:.0f} s"
         lines += [f"~$ {command}", *filter(None, [out]), took, ""]
     text = "\n".join(lines)
     if foreign := re.findall(r"https?://(?!127\.0\.0\.1)\S+", text):
@@ -104,7 +112,14 @@ def recorded(home: Path, wheels: Path) -> str:
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     minutes = (time.monotonic() - began) / 60
     tail = TAIL.format(count=len(COMMANDS), minutes=minutes)
-    return HEAD.format(python=python, cores=os.cpu_count()) + text + tail
+    named = f"{cores} core{'s' * (cores > 1)}"
+    return HEAD.format(python=python, cores=named, load=load) + text + tail
+
+
+def cpu_seconds() -> float:
+    """Of all processes that this one has started and that have ended."""
+    used = os.times()
+    return used.children_user + used.children_system
 
 
 if __name__ == "__main__":

@@ -243,11 +243,11 @@ class Pipeline:
     async def _generate(
         self, llm: ChatLLM, prompt: Prompt, counts: Sequence[tuple[int, float]]
     ) -> list[Result]:
-        """A call for each number of texts and temperature, at the same time; a failed one is its
-        error.
-        """
+        """A call for each number and temperature, at the same time; a failed one is its error."""
         settings = self.settings
-        choices = self.task.labels if settings.constrain or self._reads_probabilities else ()
+        draws = llm.identity.get("kind") == "fake" and llm.identity.get("constrains")  # reads none
+        held = settings.constrain or self._reads_probabilities or draws
+        choices = self.task.labels if held else ()
         shared = Sampling(max_tokens=settings.max_tokens, seed=settings.seed, choices=choices)
         if self._reads_probabilities:
             shared, counts = replace(shared, probabilities=True), [(1, 0.0)]

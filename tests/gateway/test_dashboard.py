@@ -425,6 +425,9 @@ async def test_a_record_is_written_changed_and_deleted(store: Store) -> None:
         assert answer.headers["location"] == "/ui/records?user=ada&done=added"
         record = store.records("ada")[1][-1]
         assert (record.input, record.output, record.time) == (text, "calm", "2026-11")
+        again = await visitor.post("/records/save", **{**sent, "time": ""})
+        assert again.headers["location"] == "/ui/records?user=ada&done=unchanged"
+        assert store.records("ada")[1][-1] == record, "equal question and answer: no second one"
         await visitor.post("/records/save", id=record.id, input=text, output="loud")
         (changed,) = [own for own in store.records("ada")[1] if own.id == record.id]
         assert changed.output == "loud"

@@ -19,12 +19,14 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+import sqlalchemy as sa
 import uvicorn
 from view_page import browser
 
 from hydra_llm.gateway.app import make_app
 from hydra_llm.gateway.auth import Access, make_key
 from hydra_llm.gateway.settings import ServeSettings
+from hydra_llm.store import schema
 from hydra_llm.store.store import Store
 from hydra_llm.types import Record
 from tests.waiting import FOREVER, until
@@ -235,7 +237,7 @@ def test_a_user_does_everything(site: Site, chromium: Any, tmp_path: Path) -> No
         picture(tab, tmp_path, "answer")
         tab.get_by_label("odd").check()
         tab.get_by_role("button", name="Take this candidate").click()
-        assert told(tab) == "Thank you: the correction was kept."
+        assert told(tab) == "Thank you: your feedback was kept."
         assert corrected(site) == "odd"
         tab.get_by_label("Or write what would have been right").fill("calm, as ever")
         tab.get_by_role("button", name="Save this answer").click()
@@ -417,6 +419,108 @@ def test_all_is_reached_by_keyboard(site: Site, tab: Any) -> None:
     with tab.expect_navigation():
         tab.keyboard.press("Enter")
     assert "army" in tab.locator("main li").first.inner_text()
+
+
+# ---- a phone
+
+CUT = """() => {
+  const faults = [];
+  const seen = own => own.getClientRects().length > 0;
+  const inside = (own, of) => own.left >= of.left - .5 && own.right <= of.right + .5;
+  for (const svg of document.querySelectorAll('svg.chart')) {
+    const box = svg.getBoundingClientRect();
+    for (const text of svg.querySelectorAll('text')) {
+      const own = text.getBoundingClientRect();
+      const high = own.top >= box.top - .5 && own.bottom <= box.bottom + .5;
+      if (!inside(own, box) || !high) faults.push(`chart: ${text.textContent}`);
+      for (const other of svg.querySelectorAll('text')) {
+        const its = other.getBoundingClientRect();
+        const apart = own.right <= its.left || its.right <= own.left
+          || own.bottom <= its.top + 2 || its.bottom <= own.top + 2;
+        if (other !== text && !apart) faults.push(`on each other: ${text.textContent}`);
+      }
+    }
+  }
+  for (const cell of document.querySelectorAll('th, td')) {
+    if (!seen(cell)) continue;
+    const scroll = cell.closest('.scroll');
+    const rolls = scroll && getComputedStyle(scroll).overflowX === 'auto';
+    if (rolls && scroll.dataset.wide !== undefined) continue;
+    const of = (rolls ? scroll : document.documentElement).getBoundingClientRect();
+    if (!inside(cell.getBoundingClientRect(), of)) faults.push(`table: ${cell.textContent.trim()}`);
+  }
+  for (const tile of document.querySelectorAll('.tiles dd')) {
+    if (tile.scrollWidth > tile.clientWidth) faults.push(`tile: ${tile.textContent}`);
+  }
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  const dates = /\\d{4}-\\d{2}(-\\d{2}( \\d{2}:\\d{2})?)?|\\d{2} [A-Z][a-z]{2}( \\d{2}:\\d{2})?/g;
+  while (walker.nextNode()) {
+    const node = walker.currentNode;
+    if (node.parentElement.closest('.hidden')) continue;
+    for (const found of node.textContent.matchAll(dates)) {
+      const range = document.createRange();
+      range.setStart(node, found.index);
+      range.setEnd(node, found.index + found[0].length);
+      const lines = new Set([...range.getClientRects()].map(own => Math.round(own.top)));
+      if (lines.size > 1) faults.push(`date: ${found[0]}`);
+    }
+  }
+  return faults;
+}"""
+"""What a page has of cut texts: labels of charts outside of their view box or on each other,
+figures wider than their tile, cells outside of their table's frame (one of many columns,
+`data-wide`, scrolls), dates in two lines.
+"""
+TIMES = ("/activity?span=day", "/activity?span=week", "/activity?span=month")
+DAYS = ("/spend?days=7", "/spend?days=30", "/spend?days=90", "/spend?days=1")
+
+
+@pytest.mark.parametrize("width", [390, 360, 1100])
+def test_a_phone_cuts_nothing(open_site: Any, chromium: Any, width: int, bundles: Any) -> None:
+    phone = {"width": width, "height": 844}
+    with open_site(bundles["tags"]) as site:
+        for name in ("ada", "admin"):
+            with a_tab(chromium, viewport=phone) as tab:
+                sign_in(tab, site, name)
+                of_admin = (*TIMES, *DAYS, *OF_ADMIN) if name == "admin" else DAYS
+                for path in (*OF_USER, *ONE, *of_admin):
+                    user = "" if path in of_admin else f"{'&' if '?' in path else '?'}user=ada"
+                    tab.goto(f"{site.url}{path}{user}")
+                    tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+                    assert (path, tab.evaluate(CUT)) == (path, [])
+                    assert tab.evaluate("document.documentElement.scrollWidth") <= width, path
+
+
+def test_the_check_finds_what_is_cut(tab: Any, site: Site) -> None:
+    """A label outside of its chart, two on each other, a cell, a date: each is found."""
+    tab.set_viewport_size({"width": 390, "height": 844})
+    sign_in(tab, site, "admin")
+    tab.goto(f"{site.url}/activity?span=day")
+    tab.locator("svg.chart text").first.evaluate("own => own.setAttribute('x', -50)")
+    assert [own.split(":")[0] for own in tab.evaluate(CUT)] == ["chart"]
+    tab.reload()
+    tab.locator("svg.chart text").nth(1).evaluate("own => own.setAttribute('y', 12)")
+    assert [own.split(":")[0] for own in tab.evaluate(CUT)] == ["on each other"] * 2
+    tab.reload()
+    tab.locator("td").last.evaluate("own => own.style.paddingLeft = '500px'")
+    assert "table" in [own.split(":")[0] for own in tab.evaluate(CUT)]
+    tab.reload()
+    tab.locator("h1").evaluate(
+        "own => { own.textContent = '2026-11-29 10:00'; own.style.width = '5rem' }"
+    )
+    assert tab.evaluate(CUT) == ["date: 2026-11-29 10:00"]
+
+
+def test_without_prices_there_is_no_chart_of_cost(tab: Any, site: Site) -> None:
+    spend = schema.spend
+    with site.store.writing() as connection:
+        connection.execute(sa.update(spend).values(cost=0, unpriced_tokens=spend.c.prompt_tokens))
+    sign_in(tab, site, "admin")
+    tab.goto(f"{site.url}/spend")
+    assert tab.locator("svg.chart").count() == 0
+    main = tab.locator("main").inner_text()
+    assert "No model that was used has a price" in main
+    assert "As a table" in main
 
 
 # ---- what is hostile

@@ -162,6 +162,16 @@ async def test_spans_end_whatever_happens(
     assert all(span.status.status_code.name == "ERROR" for span in chats)
 
 
+async def test_a_callers_mistake_is_no_error_of_the_servers_span(
+    store: Store, tracing: Tracing, exported: InMemorySpanExporter
+) -> None:
+    async with running(store, tracing=tracing) as world:
+        world.upstream.faults = [UpstreamError(404, SECRET)]
+        await world.ask(SECRET)
+    states = {span.kind.name: span.status.status_code.name for span in tree(exported)["chat m"]}
+    assert states == {"CLIENT": "ERROR", "SERVER": "UNSET"}
+
+
 def test_off_imports_nothing(tmp_path: Path) -> None:
     code = "import sys; import hydra_llm.gateway.app; from hydra_llm.gateway.tracing import *;"
     code += "t = open_tracing('off'); s = t.stage('a').__enter__(); s.set(a=1); s.end();"

@@ -73,10 +73,12 @@ def changed(store: Store, do: Callable[[UserChange], object]) -> None:
 
 
 FEEDBACK = StoredFeedback("r", 1.0, {"said": {}})
+SAME = StoredFeedback("s", 1.0, {"said": {}, "record": "1"})
 OF_ONE_USER: dict[str, Callable[[Store], object]] = {
     "state": lambda store: store.state("ada"),
     "records": lambda store: store.records("ada"),
     "record_page": lambda store: store.record_page("ada"),
+    "same_record": lambda store: store.same_record("ada", Record("ada", "9", "tea", "green")),
     "some_records": lambda store: store.some_records("ada", ["1"]),
     "is_off": lambda store: store.is_off("ada"),
     "switch": lambda store: changed(store, lambda ada: ada.switch(off=True)),
@@ -113,6 +115,9 @@ OF_ONE_USER: dict[str, Callable[[Store], object]] = {
     "responses": lambda store: store.responses("ada", ["b"]),
     "conversation": lambda store: store.conversation("ada", "b"),
     "delete_response": lambda store: store.delete_response("ada", "b", request="r"),
+    "hand_over": lambda store: changed(
+        store, lambda ada: (ada.put_feedback(SAME), ada.hand_over("1"))
+    ),
     "mark_learned": lambda store: changed(store, lambda ada: ada.mark_learned(["r"])),
 }
 

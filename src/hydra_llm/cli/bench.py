@@ -74,7 +74,7 @@ def run(
     limit: opt.Limit = None,
     folds: Annotated[int | None, Option(min=2, help="Users take turns as new users.")] = None,
     base_url: Annotated[str | None, Option(help="A mirror of LaMP's download folder.")] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Only estimate the cost.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Estimate costs by 5 calls.")] = False,
     lamp: Annotated[bool, Option("--export-lamp", help="Also write LaMP's format.")] = False,
     wide: opt.Wide = False,
     as_json: opt.AsJson = False,

@@ -87,7 +87,8 @@ def use(
     with open_store(store) as opened:
         opened.set_bundle(named(bundle.resolve(), weights))
     loading = f"servers of this store load {bundle} within two seconds"
-    console.say(f"{loading}; fit users' heads by POST /v1/users/ID/fit")
+    heads = "users' heads come by `users import DATA --bundle` or POST /v1/users/ID/fit"
+    console.say(f"{loading}; {heads}")
 
 
 @bundles.command()

@@ -1,6 +1,7 @@
 """`hydra-llm users`: the users of the gateway's database, in words; import, export, deletion."""
 
 import json
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -76,6 +77,7 @@ def import_(
     answered: Annotated[
         bool, Option("--answered", help="Also the queries and their answers, as records.")
     ] = False,
+    bundle: Annotated[Path | None, Option(help="Also these users' heads in this bundle.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Import the histories of a data set's users; the same set again changes nothing."""
@@ -84,11 +86,35 @@ def import_(
 
     with open_store(store) as opened, console.progress(quiet=as_json) as report:
         loaded, forget = load(data), _forget(opened)
+        learned = bundle and _bundle(opened, bundle)
+        if learned:
+            learned.check_task(loaded.task)
         histories = loaded.answered if answered else loaded.history
         records = {user: histories(user) for user in loaded.users()}
         counts = import_users(opened, records, replace=replace, report=report, forget=forget)
+        if learned:
+            counts |= _import_heads(opened, learned, bundle, records)
         opened.truncate_log()
     console.emit(counts, as_json)
+
+
+def _import_heads(
+    store: "Store", bundle: "Bundle", folder: Path | None, users: Iterable[str]
+) -> dict[str, int]:
+    from hydra_llm.gateway.deployment import folder_of, named
+    from hydra_llm.gateway.store_training import import_heads
+
+    counts = import_heads(store, bundle, users)
+    if not any(counts.values()):
+        console.say(f"{folder} has heads of none of these users: `hydra-llm fit` makes them")
+    if left := counts["heads_left_out"]:
+        why = "they have learned from records that this store lacks, has changed or switched off"
+        console.say(f"users whose heads were left out: {left}; {why}")
+    active, this = store.bundle(), named(Path(), bundle.weights).partition(":")[0]
+    if active and active.partition(":")[0] != this:
+        other = f"servers of this store use another bundle, {folder_of(active)}"
+        console.say(f"{other}: these heads count after `hydra-llm bundles use {folder}`")
+    return counts
 
 
 @app.command()

@@ -133,6 +133,7 @@ async def _stream(gateway: Gateway, routed: RoutedRequest, wire: Wire, span: Spa
         except UpstreamError as error:
             routed = gateway.without_records(routed, error)
             pieces = await _begun(gateway.stream(routed))
+            gateway.telemetry.failed("records", error)
         gateway.telemetry.answered(routed.reason, routed.seconds)
         span.set(hydra__reason=routed.reason or "personal")
     span.streams = True

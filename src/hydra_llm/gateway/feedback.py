@@ -48,7 +48,8 @@ async def take_feedback(gateway: Gateway, given: FeedbackIn, request: Request) -
             learn, user=request.user, texts=lambda: texts
         )
         has_room = len(state.user.records) + state.off < gateway.settings.max_records
-        record = feedback.record if has_room or state.replaced else None
+        makes = has_room or state.replaced
+        record = feedback.record if makes and not state.same else None
         try:
             fresh = await run_sync(feedback.write, state, judged, record, heads)
         except StaleVersion:
@@ -59,7 +60,7 @@ async def take_feedback(gateway: Gateway, given: FeedbackIn, request: Request) -
             await run_sync(gateway.deployment.forget_texts, replaced)
         if fresh:
             gateway.telemetry.activity.judged(feedback.agrees)
-        id = record.id if record else None  # of the record that the answer became
+        id = record.id if record else state.same  # of the record that the answer became, or is
         return {"repeated": not fresh, "record": id, "head_moved": bool(fresh and heads)}
     raise ApiError(409, "too many changes of this user at once: try again", code="busy")
 
@@ -112,9 +113,10 @@ class _State:
     user: UserSnapshot  # with all heads, unless one has learned what is replaced
     earlier: list[StoredFeedback]  # which these heads have not learned
     replaced: Record | None  # what earlier feedback on the same answer became
+    same: str | None  # another record that says what the feedback does: no second one is made
     relearn: bool  # whether a head has learned that
     off: int  # how many records are switched off, and so not among the user's
-    is_off: bool  # whether what it replaces is one of them: then no head learns from it
+    is_off: bool  # whether what it replaces, or what it says, is one of them: no head learns it
 
 
 @dataclass(frozen=True)
@@ -139,11 +141,13 @@ class _Feedback:
         earlier, heads = read(), from_stored(store.heads(name, bundle))
         own = record_id(self.request)
         replaced, off = store.some_records(name, [own]).get(own), store.off_records(name)
+        same = store.same_record(name, self.record) if self.record else None
         known = own in off or any(feedback.request == self.request.id for feedback in earlier)
         relearn = replaced is not None and not known
         if relearn:
             earlier, heads = read(or_learned=True), {}
-        return _State(replace(user, heads=heads), earlier, replaced, relearn, len(off), own in off)
+        user, is_off = replace(user, heads=heads), (same or own) in off
+        return _State(user, earlier, replaced, same, relearn, len(off), is_off)
 
     def write(
         self, state: _State, judged: StoredFeedback, record: Record | None, heads: Heads
@@ -155,10 +159,13 @@ class _Feedback:
                 return False
             if state.relearn:
                 change.forget_heads()
+            replaced = state.replaced
+            stays = replaced and record and record.output == replaced.output
+            handed = replaced and not stays and change.hand_over(replaced.id)
             if record is not None:
                 change.add([record])
-            elif state.replaced:
-                change.remove(state.replaced.id, keep_feedback=True)
+            elif replaced and not handed:
+                change.remove(replaced.id, keep_feedback=True)
             # A record's change deletes the heads, but these have not learned it.
             if kept := {**user.heads, **heads}:
                 change.put_heads(self.deployment.id, to_stored(kept))
@@ -174,6 +181,7 @@ class _Feedback:
         group = self._group(user.records)
         said = {self.kind: self.value} | ({"time": self.time} if self.time else {})
         content = {"said": said, "bundle": self.deployment.id, "group": group}
+        content |= {"record": state.same} if state.same else {}
         if choice := self.choice:
             content["choice"] = {"candidates": choice.offered, "chosen": choice.gold}
         judged = StoredFeedback(self.request.id, self.request.created, content)

@@ -203,7 +203,11 @@ class Gateway:
                 )
                 span.set(hydra__answers=sum(len(one["choices"]) for one in completions))
         except UpstreamError as error:
-            return await self.answer(self.without_records(request, error))
+            answer = await self.answer(self.without_records(request, error))
+            self.telemetry.failed(
+                "records", error
+            )  # what is refused without them too is not theirs
+            return answer
         request.seconds["upstream"] = time.perf_counter() - started
         if not isinstance(request, PersonalRequest):
             self.telemetry.answered(request.reason, request.seconds)
@@ -215,7 +219,6 @@ class Gateway:
         """The request as the caller wrote it; raises if it is not the records that were refused."""
         if not isinstance(request, PersonalRequest) or error.status not in RECORDS_REFUSED:
             raise error
-        self.telemetry.failed("records", error)
         return request.passed_through("upstream-refused")
 
     # ---- behind the upstream

@@ -48,10 +48,10 @@ class CandidateSampler:
             bodies = bodies if sample_if(results[0]) else bodies[:1]
             results += await self._complete(upstream, bodies[1:], own=0)
         learn_samples(self._capabilities, bodies[-1], results)
+        self._count_failed(results)
         completions, greedy, ahead = [], 0, True
         for sent, result in zip(bodies, results, strict=True):
             if isinstance(result, UpstreamError):
-                self._telemetry.failed("candidates", result)
                 continue
             completions.append(result)
             ahead = ahead and sent.get("temperature") == 0  # endpoints sample where none is given
@@ -59,6 +59,13 @@ class CandidateSampler:
         if not completions:
             raise results[0]
         return completions, greedy
+
+    def _count_failed(self, results: Sequence[Any]) -> None:
+        """Count the candidates that failed, unless all did by the caller's own mistake."""
+        failed = [own for own in results if isinstance(own, UpstreamError)]
+        if len(failed) < len(results) or not all(own.is_callers for own in failed):
+            for own in failed:
+                self._telemetry.failed("candidates", own)
 
     def _bodies(
         self, body: Body, more: int, temperature: float, beside: Sequence[Any]

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import DataError, HydraError
 from hydra_llm.gateway.auth import pseudonym
 from hydra_llm.gateway.deployment import ANY_TASK, Deployment
-from hydra_llm.gateway.feedback import heads_after, with_choices
+from hydra_llm.gateway.feedback import FITTED, heads_after, with_choices
 from hydra_llm.gateway.spend import Bill, Ledger, PaidLLM
 from hydra_llm.gateway.telemetry import log
 from hydra_llm.gateway.user_cache import texts_of, to_stored
@@ -210,3 +210,30 @@ def _dataset(store: Store, task: Task) -> tuple[dict[str, int], DataSet]:
     if not versions:
         raise DataError("the store has no user with records that this task can read")
     return versions, DataSet.from_records(task, dict.fromkeys(versions, "train"), records, [])
+
+
+def import_heads(store: Store, bundle: "Bundle", users: Iterable[str]) -> dict[str, int]:
+    """Give users the heads that a bundle has of them; returns counts. `heads_kept`: those of the
+    store, which feedback has moved, or which know as many records. `heads_left_out`: have learned
+    from a record that the store lacks, has changed or switched off.
+    """
+    counts = {"heads": 0, "heads_kept": 0, "heads_left_out": 0}
+    for user in users:
+        if not (heads := bundle.heads_of(user)):
+            continue
+        version, records = store.records(user)
+        texts = {record.id: (record.input, record.output) for record in records}
+        learned = {
+            record.id: (record.input, record.output) for record in bundle.records.get(user, ())
+        }
+        own = store.heads(user, bundle.weights)
+        known = all(name in own and own[name].known >= heads[name].records for name in heads)
+        if FITTED in own or known:
+            counts["heads_kept"] += 1
+        elif not learned.items() <= texts.items():
+            counts["heads_left_out"] += 1
+        else:
+            with store.change(user, version=version) as change:
+                change.put_heads(bundle.weights, to_stored(heads))
+            counts["heads"] += 1
+    return counts

@@ -154,7 +154,8 @@ class Tracing:
         try:
             yield span
         except BaseException as error:
-            span.failed(error)
+            if not 400 <= getattr(error, "status", 500) < 500:  # the caller's own mistake
+                span.failed(error)
             raise
         finally:
             if not span.streams:

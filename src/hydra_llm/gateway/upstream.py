@@ -59,6 +59,11 @@ class UpstreamError(ApiError):
         if error is not body and isinstance(error, dict):
             self.body = {"error": {**self.body["error"], "message": None, **error}}
 
+    @property
+    def is_callers(self) -> bool:
+        """Whether the request is at fault, as of an unknown model; not the key, rate or time."""
+        return 400 <= self.status < 500 and self.status not in (401, 403, 408, 429)
+
     @classmethod
     def of(
         cls, error: WireError, endpoint: Endpoint, headers: Mapping[str, str], body: Any = None

@@ -88,7 +88,7 @@ class FailingLLM:
 
 
 def label_rule() -> RuleLLM:
-    """A random choice, or the first 8 words of the last user message."""
+    """A random label of the task, whatever the prompt; else the last message's first 8 words."""
 
     def words(messages: Sequence[Message], index: int, rng: random.Random) -> str:
         user = [message["content"] for message in messages if message["role"] == "user"]

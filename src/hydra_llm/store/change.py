@@ -113,17 +113,40 @@ class UserChange:
         if removed:
             self.changed = self.removed = True
             self._delete(schema.heads)
-            if id.startswith(FEEDBACK_ID) and not keep_feedback:  # it would bring the record back
-                request = id.removeprefix(FEEDBACK_ID)
-                self._delete(schema.feedback, schema.feedback.c.request == request)
-                self._delete(schema.requests, schema.requests.c.id == request)
+            if not keep_feedback:  # it would bring the record back
+                gone = self.forget_feedback([id])
+                self._delete(schema.requests, schema.requests.c.id.in_(gone))
         return removed
 
-    def forget_feedback(self, ids: Iterable[str]) -> None:
-        """Delete the feedback of which these records were made: they say something else now."""
-        requests = [id.removeprefix(FEEDBACK_ID) for id in ids if id.startswith(FEEDBACK_ID)]
-        for part in in_parts(requests):
-            self._delete(schema.feedback, schema.feedback.c.request.in_(part))
+    def forget_feedback(self, ids: Iterable[str]) -> list[str]:
+        """Delete the feedback of which these records were made, or in whose place they are: they
+        say something else now. Returns the requests.
+        """
+        table, gone = schema.feedback.c, list[str]()
+        for part in in_parts(ids):
+            made = [id.removeprefix(FEEDBACK_ID) for id in part if id.startswith(FEEDBACK_ID)]
+            same = (table.user == self._key) & table.content["record"].as_string().in_(part)
+            gone += [*made, *self._execute(sa.select(table.request).where(same)).scalars()]
+        for part in in_parts(gone):
+            self._delete(schema.feedback, table.request.in_(part))
+        return gone
+
+    def hand_over(self, id: str) -> bool:
+        """Make a record that of the first other feedback in whose place it is; False if there is
+        none.
+        """
+        table, records, heir = schema.feedback, schema.records.c, None
+        own, same = table.c.user == self._key, table.c.content["record"].as_string() == id
+        rows = sa.select(table.c.request, table.c.content).where(own, same)
+        for request, content in self._execute(rows.order_by(table.c.created)).all():
+            update = sa.update(table).where(own, table.c.request == request)
+            self._execute(update.values(content={**content, "record": heir}))
+            heir = heir or f"{FEEDBACK_ID}{request}"
+        if heir:
+            this = sa.update(schema.records).where(records.user == self._key, records.id == id)
+            self._execute(this.values(id=heir))
+            self.changed = True
+        return heir is not None
 
     def put_heads(self, bundle: str, heads: Mapping[str, StoredHead]) -> None:
         """Keep the user's heads for a bundle, by scorer, in place of older ones."""

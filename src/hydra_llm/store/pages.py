@@ -66,6 +66,16 @@ class Pages(Database):
         query = _of_records().where(schema.users.c.name == name, schema.records.c.id.in_(ids))
         return {row.id: Record(*row[1:]) for row in self.rows(query)}
 
+    def same_record(self, name: str, record: Record) -> str | None:
+        """The id of another record of the user with this input and output; one that is on comes
+        first.
+        """
+        records = schema.records.c
+        equal = (records.input == record.input) & (records.output == record.output)
+        query = _of_records().where(schema.users.c.name == name, equal, records.id != record.id)
+        rows = self.rows(query.order_by(records.off, records.position).limit(1))
+        return rows[0].id if rows else None
+
     def latest_requests(
         self, name: str, count: int, *, before: Place | None = None
     ) -> list[Request]:

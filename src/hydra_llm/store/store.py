@@ -225,7 +225,8 @@ class Store(Spending, Pages, Sessions):
             query = query.where(table.content["bundle"].as_string() == bundle, group.is_not(None))
             made = sa.literal(FEEDBACK_ID, sa.Text).concat(table.request)
             off = (schema.records.c.user == schema.users.c.key) & schema.records.c.off
-            became = sa.select(schema.records.c.id).where(off, schema.records.c.id == made)
+            ids = (made, table.content["record"].as_string())
+            became = sa.select(schema.records.c.id).where(off, schema.records.c.id.in_(ids))
             query = query.where(~became.correlate(schema.users, schema.feedback).exists())
         latest = query.order_by(table.created.desc(), table.request.desc()).limit(count)
         return [StoredFeedback(*row) for row in self.rows(latest)][::-1]

@@ -115,17 +115,18 @@ def summed(rows: Iterable[Mapping[str, Any]], name: str) -> list[dict[str, Any]]
 
 
 def money_bars(rows: Sequence[Mapping[str, Any]], days: int, since: str) -> dict[str, Any]:
-    """A bar of cost for each day, from the rows of `GET /v1/spend?by=day`."""
+    """A bar of cost for each day, from the rows of `GET /v1/spend?by=day`; nothing without cost."""
     first, cost = date.fromisoformat(since), {row["day"]: row["cost"] or 0.0 for row in rows}
     labels = [(first + timedelta(days=n)).isoformat() for n in range(days)]
-    top = max([cost.get(label, 0.0) for label in labels], default=0.0) or 1.0
+    if not (top := max([cost.get(label, 0.0) for label in labels], default=0.0)):
+        return {}
     shapes, wide, room = [], (WIDTH - LEFT) / days, HEIGHT - BOTTOM - 8
     for place, label in enumerate(labels):
         tall = cost.get(label, 0.0) / top * room
         shape = {"x": LEFT + place * wide + wide * 0.12, "y": HEIGHT - BOTTOM - tall}
         shapes.append({**shape, "width": wide * 0.76, "height": tall, "group": 0})
     short = [date.fromisoformat(label).strftime("%d %b") for label in labels]
-    marks = [(f"{top:.3g}", 8.0), ("0", float(HEIGHT - BOTTOM))]
+    marks = [(f"{top:,.0f}" if top >= 100 else f"{top:.2g}", 8.0), ("0", float(HEIGHT - BOTTOM))]
     return {"shapes": shapes, "ticks": _ticks(short, math.ceil(days / 7)), "marks": marks}
 
 

@@ -32,6 +32,7 @@ from hydra_llm.reasons import in_words
 from hydra_llm.store.change import FEEDBACK_ID
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request as AnsweredRequest
+from hydra_llm.types import Record
 
 PAGE = 20  # records and answers on a page
 FOUND = 20  # records that a search shows
@@ -129,6 +130,10 @@ async def save_record(here: Here, form: Form) -> Response:
         given = {name: _as_kept(text, getattr(record, name)) for name, text in given.items()}
     try:
         sent = valid(RecordIn, id=id or f"own-{token_hex(8)}", **given)
+        added = Record(user, sent.id, sent.input, sent.output)
+        same = await run_sync(_store(here).same_record, user, added)
+        if same and not id:
+            return go(here.http, "/records", user=user, done="unchanged")
         counts = await record_routes.add_records(user, RecordsIn(records=[sent]), here.http)
     except ApiError as error:
         if error.status not in (400, 413):
