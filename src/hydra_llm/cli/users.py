@@ -1,6 +1,7 @@
 """`hydra-llm users`: the users of the gateway's database, in words; import, export, deletion."""
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -87,7 +88,7 @@ def import_(
         histories = loaded.answered if answered else loaded.history
         records = {user: histories(user) for user in loaded.users()}
         counts = import_users(opened, records, replace=replace, report=report, forget=forget)
-        opened.truncate_log()
+        opened.erase()
     console.emit(counts, as_json)
 
 
@@ -118,7 +119,7 @@ def delete(
 
     with open_store(store) as opened:
         counts, _ = delete_user(opened, user, _forget(opened))
-        emptied = opened.truncate_log()
+        emptied = counts is None or opened.erase(at_once=math.inf)
     if counts is None:
         raise _unknown(user)
     console.emit({"deleted": counts} if as_json else counts, as_json)
