@@ -195,4 +195,3 @@ def test_a_large_file_of_features_waits_too(
         erase_features(path, at_once=math.inf)
         assert path.stat().st_size < 0.7 * before
         assert cache.missing([f"{MARKER} {i}" for i in range(2000)]) == 1000
-

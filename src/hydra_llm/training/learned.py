@@ -1,10 +1,13 @@
 """What learning or fitting gives back: the bundle, and what was done for it."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.types import StageCost, Usage
+
+if TYPE_CHECKING:
+    from hydra_llm.training.refit import KeptFit
 
 
 @dataclass
@@ -20,6 +23,8 @@ class Learned:
     """Seconds of a stage of fitting that went into the convex problems alone: loading and encoding
     are left out.
     """
+    kept: "dict[str, KeptFit]" = field(default_factory=dict)
+    """By user: what the next fit of the user goes on from, where that was asked for."""
 
     @property
     def usage(self) -> Usage:

@@ -29,17 +29,16 @@ from hydra_llm.training.labelling import (
     Collected,
     adapter_groups,
     asks_of_records,
-    choice_groups,
     made_once,
     offers_all,
     reads_labels,
     reranker_groups,
     training_queries,
     unasked_groups,
-    weak_adapter_groups,
-    weak_reranker_groups,
+    weak_groups,
 )
 from hydra_llm.training.learned import Learned
+from hydra_llm.training.refit import KeptFit, New, continued, places_of, solve
 from hydra_llm.training.resume import SampleCheckpoint
 from hydra_llm.training.strengths import Strengths
 from hydra_llm.training.train_scorer import (
@@ -78,6 +77,7 @@ class Work:
     out: Path | str | None = None  # the bundle's folder, beside which checkpoints lie
     strengths: Strengths = Strengths()
     asked: Asked | None = None  # of training users; new users are asked about their latest records
+    kept: Mapping[str, KeptFit] | None = None  # of earlier fits by user, which go on; None: nothing
 
     async def learn(self, first: Bundle | None) -> None:
         """The reranker, or that of `first`; then the adapter."""
@@ -160,7 +160,7 @@ class Work:
 
         def data_of(collected: Collected) -> LabelledData:
             def made(featurizer: Featurizer) -> list[LabelledGroup]:
-                weak = _weak_groups(name, plain, featurizer, users)
+                weak = weak_groups(name, plain, featurizer, users)
                 return [*collected.groups(featurizer), *weak]
 
             return LabelledData(
@@ -225,15 +225,14 @@ class Work:
         """Let the LLM label what it is asked about training users, or new users' latest records;
         `queries`: some of them.
         """
-        learned, stage, most = self.learned, STAGES[name], plain.settings.queries_per_user
+        learned, stage = self.learned, STAGES[name]
         if is_none(self.llm):
             return Collected(lambda featurizer: [])
-        latest = (training_queries(plain.task, plain.records[user], most) for user in users)
         if self.asked is not None:
             queries = self.asked.all if queries is None else queries
             plain = replace(plain, records=self.asked.records)
-        else:
-            queries = list(chain(*latest))
+        elif queries is None:
+            queries = self.latest(plain, users)
         label: Label = reranker_groups if name == RERANKER else adapter_groups
         if rounds is not None:
             label = partial(rounds.label, label)
@@ -246,6 +245,11 @@ class Work:
         if collected.failures and len(collected.failures) == collected.calls:
             raise LLMError(f"every call failed, the first with: {collected.failures[0]}")
         return collected
+
+    def latest(self, plain: UserPipeline, users: Sequence[str]) -> list[Query]:
+        """The queries of which new users' records are labelled."""
+        most = plain.settings.queries_per_user
+        return list(chain(*(training_queries(plain.task, plain.records[u], most) for u in users)))
 
     def train(self, data: LabelledData | None, *, tune: bool = False) -> None:
         """Train a scorer; held-out users decide whether a reranker is used."""
@@ -289,7 +293,8 @@ class Work:
         }
         # With an LLM all at once: its calls take longer than all else, and are told together.
         at_once = not users or (any(asks.values()) and not is_none(self.llm))
-        for block in [users] if at_once else blocks(users, bundle.records):
+        parts = [users] if at_once else blocks(users, bundle.records)
+        for block in parts if self.kept is None else [[user] for user in users]:
             every = list(chain.from_iterable(bundle.records[user] for user in block))
             encode_histories(bundle, every, self.progress, ranks=bundle.reranker is not None)
             fitted += len(block)
@@ -338,19 +343,30 @@ class Work:
     async def _fit(self, name: str, users: Sequence[str], *, asks: bool) -> None:
         learned, stage = self.learned, f"fit {name}"
         bundle, plain = learned.bundle, self.plain(name)
-        groups = _weak_groups(name, plain, bundle.featurizer, users)
+        before = continued(self.kept, bundle, name, users)
+        made = partial(weak_groups, name, plain, bundle.featurizer, users)
+        weak, of_llm = made(len(before.records) if before else 0), list[LabelledGroup]()
+        queries = self.latest(plain, users) if asks else []
         if asks:
-            collected = await self.collect(name, plain, users)
-            groups += collected.groups(bundle.featurizer)
+            unasked = before.unasked(queries) if before else queries
+            collected = await self.collect(name, plain, users, queries=unasked)
+            of_llm = collected.groups(bundle.featurizer)
         started = perf_counter()
-        labelled, encoded = head_data(bundle, name, groups), perf_counter()
-        heads = solve_heads(bundle, name, labelled, users)
-        ended, before = perf_counter(), learned.stages.get(stage, StageCost(0, 0.0))
+        labelled, encoded = head_data(bundle, name, [*weak, *of_llm]), perf_counter()
+        if self.kept is None:
+            heads = solve_heads(bundle, name, labelled, users)
+        else:
+            wanted, places = {query.id for query in queries}, places_of(weak, of_llm)
+            head, kept = solve(bundle, name, New(users[0], labelled, places), before, wanted)
+            heads = {users[0]: head}
+            if kept is not None:
+                learned.kept.setdefault(users[0], {})[name] = kept
+        ended, spent = perf_counter(), learned.stages.get(stage, StageCost(0, 0.0))
         learned.solved[stage] = learned.solved.get(stage, 0.0) + ended - encoded
         own = Overlaid(heads, bundle.heads.get(name, {}))
         learned.bundle = replace(bundle, heads={**bundle.heads, name: own})
-        seconds = before.seconds + ended - started
-        learned.stages[stage] = StageCost(before.users + len(users), seconds, before.usage)
+        seconds = spent.seconds + ended - started
+        learned.stages[stage] = StageCost(spent.users + len(users), seconds, spent.usage)
         # Encode what the reranker reads of these users: else their first question waits for it.
         if name == RERANKER and not bundle.scorers[name].interaction.reads_pairs:
             with_answer = bundle.settings.record_answer
@@ -381,19 +397,3 @@ def blocks(
             block, count = [], 0
     if block:
         yield block
-
-
-def _weak_groups(
-    name: str, plain: UserPipeline, featurizer: Featurizer, users: Sequence[str]
-) -> list[LabelledGroup]:
-    """The groups that histories give without an LLM: not for a reranker that learns as published;
-    for an adapter that does not learn from every label, recorded choices alone.
-    """
-    if name == RERANKER and plain.settings.reranker_labels != "llm":
-        return [group for user in users for group in weak_reranker_groups(plain, featurizer, user)]
-    if name == ADAPTER and offers_all(plain.task, plain.settings):
-        records = (plain.records[user] for user in users)
-        return [group for own in records for group in weak_adapter_groups(featurizer, own)]
-    if name == ADAPTER:
-        return [group for user in users for group in choice_groups(featurizer, plain.records[user])]
-    return []
