@@ -26,7 +26,7 @@ from hydra_llm.training.api import fit, learn
 from hydra_llm.types import Generation, Message, Record
 from tests.learning import ONE_STRENGTH
 
-WORDS = "storm sea calm boat wine dry red bread salt moon road stone".split()
+WORDS = ["storm", "sea", "calm", "boat", "wine", "dry", "red", "bread", "salt", "moon", "stone"]
 TONES = ("loud", "soft", "odd")
 TASKS = {
     "labels": Task("tones", "classification", "Which tone has {input}?", TONES),
@@ -62,9 +62,7 @@ def history(task: Task, user: str, count: int) -> list[Record]:
 
 
 @pytest.fixture(scope="module", params=TASKS)
-def learned(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Bundle:
+def learned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     task, users = TASKS[request.param], [f"{'x' * (n + 1)}" for n in range(6)]
     records = [record for user in users for record in history(task, user, 10)]
     data = DataSet.from_records(task, dict.fromkeys(users, "train"), records, [])
