@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-AT_ONCE = 64 * 2**20  # bytes: rewriting so many takes less than a second
+AT_ONCE = 64 * 2**20  # bytes: rewriting so many takes about a second
 MINUTES = 24 * 60  # after which a larger file is rewritten
 VERSION = "PRAGMA user_version"
 Run = Callable[[str], Any]  # runs a statement and returns its first value
