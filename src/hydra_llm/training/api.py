@@ -139,9 +139,7 @@ async def afit(
     given.check_precision()
     given.check_task(data.task)
     names = data.users("test") if users is None else list(dict.fromkeys(users))
-    if unknown := [name for name in names if name not in data.splits]:
-        known = f"the data set has {len(data.splits)} users, see `hydra-llm data check`"
-        raise UnknownUser(f"unknown user '{unknown[0]}': {known}")
+    _check_known(names, data)
     own, with_records = data.histories(names), set(data.with_records())
     lacking = _lacking(names, with_records, "have no records: they get the shared head")
     few = dict(own) if len(own) <= LATEST else own
@@ -153,6 +151,12 @@ async def afit(
     if not isinstance(bundle, Bundle):
         learned.bundle.save_users(bundle, names)
     return learned
+
+
+def _check_known(names: Sequence[str], data: DataSet) -> None:
+    if unknown := [name for name in names if name not in data.splits]:
+        known = f"the data set has {len(data.splits)} users, see `hydra-llm data check`"
+        raise UnknownUser(f"unknown user '{unknown[0]}': {known}")
 
 
 def _blocking(function: Callable[P, Awaitable[T]]) -> Callable[P, T]:
