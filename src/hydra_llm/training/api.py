@@ -138,8 +138,7 @@ async def afit(
     _, data, model = _opened(dataset, llm, given.settings)
     given.check_precision()
     given.check_task(data.task)
-    names = data.users("test") if users is None else list(dict.fromkeys(users))
-    _check_known(names, data)
+    names = data.users("test") if users is None else _known(list(dict.fromkeys(users)), data)
     own, with_records = data.histories(names), set(data.with_records())
     lacking = _lacking(names, with_records, "have no records: they get the shared head")
     few = dict(own) if len(own) <= LATEST else own
@@ -153,10 +152,11 @@ async def afit(
     return learned
 
 
-def _check_known(names: Sequence[str], data: DataSet) -> None:
+def _known(names: list[str], data: DataSet) -> list[str]:
     if unknown := [name for name in names if name not in data.splits]:
         known = f"the data set has {len(data.splits)} users, see `hydra-llm data check`"
         raise UnknownUser(f"unknown user '{unknown[0]}': {known}")
+    return names
 
 
 def _blocking(function: Callable[P, Awaitable[T]]) -> Callable[P, T]:
