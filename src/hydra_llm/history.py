@@ -110,7 +110,7 @@ def before(records: Iterable[Record], query: Record | Query) -> list[Record]:
 def in_order(records: Iterable[Record]) -> list[Record]:
     """A user's records by time, then by position; one of unknown time stays behind those before."""
     given = list(records)
-    if _ordered(given):
+    if rising(given):
         return given
     last_known, keyed = -math.inf, list[tuple[float, int, Record]]()
     for record in sorted(given, key=lambda r: r.position):
@@ -120,7 +120,7 @@ def in_order(records: Iterable[Record]) -> list[Record]:
     return [record for _, _, record in sorted(keyed, key=lambda item: item[:2])]
 
 
-def _ordered(records: Sequence[Record]) -> bool:
+def rising(records: Sequence[Record]) -> bool:
     """Whether positions and known times rise: then the records are in order, and each certainly
     precedes those behind it, and no other.
     """
@@ -143,9 +143,9 @@ def with_pasts(records: Iterable[Record]) -> Iterator[tuple[Record, list[Record]
     and known times rise.
     """
     own = in_order(records)
-    rising = _ordered(own)
+    in_turn = rising(own)
     for place, record in enumerate(own):
-        yield record, own[:place] if rising else before(own, record)
+        yield record, own[:place] if in_turn else before(own, record)
 
 
 def as_query(record: Record) -> Query:

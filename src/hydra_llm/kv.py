@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hydra_llm.erasure import AT_ONCE, Run, mark, rewrite
 from hydra_llm.errors import UserFault
 
 log = logging.getLogger(__name__)
@@ -73,14 +74,38 @@ class CacheFile:
 
     @contextmanager
     def deleting(self) -> Iterator[sqlite3.Connection]:
-        """One transaction that deletes, also from the write-ahead log, or a `UserFault`."""
+        """One transaction that deletes, then `erase`, or a `UserFault`."""
         try:
-            with self.connection:
-                self.connection.execute("BEGIN IMMEDIATE")
+            with self._running() as run:
+                before = self.connection.total_changes
                 yield self.connection
-            self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                if self.connection.total_changes > before:
+                    mark(run)
+            self._erase(AT_ONCE)
         except sqlite3.Error as error:
             raise self.not_deleted(error) from error
+
+    def erase(self, *, at_once: float = AT_ONCE) -> None:
+        """Rewrite the file without what is left of deleted rows, if it has at most `at_once` bytes
+        or has waited for a day; empty the write-ahead log.
+        """
+        try:
+            self._erase(at_once)
+        except sqlite3.Error as error:
+            raise self.not_deleted(error) from error
+
+    def _erase(self, at_once: float) -> None:
+        rewrite(self._run, self._running, at_once)
+        self._run("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _run(self, statement: str) -> Any:
+        return next(iter(self.connection.execute(statement).fetchall()), (None,))[0]
+
+    @contextmanager
+    def _running(self) -> Iterator[Run]:
+        with self.connection:
+            self.connection.execute("BEGIN IMMEDIATE")
+            yield self._run
 
     def not_deleted(self, error: Exception | str) -> UserFault:
         fix = "delete the file, it is made again"

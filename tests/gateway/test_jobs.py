@@ -19,7 +19,7 @@ from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.llm.prices import load_prices
 from hydra_llm.store.store import Store
-from hydra_llm.types import Generation, Message
+from hydra_llm.types import Generation, Message, Record
 
 from .conftest import anything, records_of
 
@@ -49,7 +49,9 @@ def deployment(
     opened.batcher.close()
 
 
-def calls_of_fit(store: Store, deployment: Deployment, first: Callable[[Worker], None]) -> int:
+def calls_of_fit(
+    store: Store, deployment: Deployment, first: Callable[[Worker], None], job_id: str = "fit"
+) -> int:
     """How often a fit of ada asks the LLM, where something happens at the first time."""
     count = 0
 
@@ -64,7 +66,7 @@ def calls_of_fit(store: Store, deployment: Deployment, first: Callable[[Worker],
     ledger = Ledger(store, load_prices(), Telemetry())
     worker = Worker(store, lambda: deployment, FarAway(rule), ledger)
     store.add_records("ada", records_of("ada"))
-    store.add_job("fit", "ada", "fit")
+    store.add_job(job_id, "ada", "fit")
     job = store.claim_job()
     assert job is not None
     worker.run(job)
@@ -79,6 +81,7 @@ def test_a_fit_of_a_user_who_is_deleted_asks_the_llm_no_more(
     store: Store, deployment: Deployment
 ) -> None:
     whole = calls_of_fit(store, deployment, lambda worker: None)
+    deployment.fits.clear()
     job = store.job("ada", "fit")
     assert job is not None
     assert job.state == "done"
@@ -108,3 +111,21 @@ def test_a_fit_amid_which_the_server_ends_waits_for_the_next(
     job = store.job("ada", "fit")
     assert job is not None
     assert (job.state, job.error) == ("waiting", "")
+
+
+def test_a_fit_after_one_more_record_asks_for_that_alone(
+    store: Store, deployment: Deployment
+) -> None:
+    """Until something of the user is deleted."""
+    whole = calls_of_fit(store, deployment, lambda worker: None)
+    store.add_records("ada", [Record("ada", "new", "a storm of the sea", "loud")])
+    again = calls_of_fit(store, deployment, lambda worker: None, "second")
+    assert deployment.bundle is not None
+    queries = deployment.bundle.settings.queries_per_user
+    assert queries > 1
+    assert 0 < again * queries == whole
+    assert store.heads("ada", deployment.id)["adapter"].known == len(store.records("ada")[1])
+    assert deployment.fits.of("ada")
+    deployment.drop("ada")
+    assert not deployment.fits.of("ada")
+    assert calls_of_fit(store, deployment, lambda worker: None, "third") == whole

@@ -52,6 +52,7 @@ ABOUT_ALL = {
     "set_limit": "for operators",
     "prune": "by age",
     "scrub": "",
+    "erase": "",
     "truncate_log": "",
     "counts": "for operators",
     "user_and_job_counts": "counts alone",

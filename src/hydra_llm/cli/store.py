@@ -1,5 +1,6 @@
 """`hydra-llm keys`, `bundles` and `store`: what is kept in the gateway's database."""
 
+import math
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -162,7 +163,11 @@ def check(store: StoreURL = DEFAULT_STORE, as_json: AsJson = False) -> None:
 
 @maintenance.command()
 def scrub(store: StoreURL = DEFAULT_STORE) -> None:
-    """Rewrite the database's files without the bytes of deleted rows; locks PostgreSQL's tables."""
+    """Rewrite the files of database and cached features without deleted bytes; locks tables."""
+    from hydra_llm.config import load_settings
+    from hydra_llm.model.feature_cache import erase_features
+
     with open_store(store) as opened:
         opened.scrub()
-    console.say("the tables' files hold no deleted data")
+    erase_features(load_settings().cache / "features.sqlite", at_once=math.inf)
+    console.say("the files of the database and of cached features hold no deleted data")

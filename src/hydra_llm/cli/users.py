@@ -1,6 +1,7 @@
 """`hydra-llm users`: the users of the gateway's database, in words; import, export, deletion."""
 
 import json
+import math
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -94,7 +95,7 @@ def import_(
         counts = import_users(opened, records, replace=replace, report=report, forget=forget)
         if learned:
             counts |= _import_heads(opened, learned, bundle, records)
-        opened.truncate_log()
+        opened.erase()
     console.emit(counts, as_json)
 
 
@@ -144,7 +145,7 @@ def delete(
 
     with open_store(store) as opened:
         counts, _ = delete_user(opened, user, _forget(opened))
-        emptied = opened.truncate_log()
+        emptied = counts is None or opened.erase(at_once=math.inf)
     if counts is None:
         raise _unknown(user)
     console.emit({"deleted": counts} if as_json else counts, as_json)

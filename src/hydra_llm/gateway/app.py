@@ -46,6 +46,7 @@ from hydra_llm.gateway.upstream import Upstream
 from hydra_llm.gateway.user_cache import TimedReads
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.prices import load_prices
+from hydra_llm.model.feature_cache import erase_features
 from hydra_llm.store.removals import Listener
 from hydra_llm.store.store import Store
 
@@ -189,7 +190,9 @@ async def _prune(gateway: Gateway) -> None:
             await run_sync(gateway.store.prune, before)
             await run_sync(gateway.store.prune_activity, time.time() - ACTIVITY_DAYS * DAY)
             await run_sync(_prune_spend, gateway)
-            await run_sync(gateway.store.truncate_log)
+            await run_sync(partial(gateway.store.erase, at_once=0))
+            cache = gateway.deployment.pipeline.settings.cache
+            await run_sync(partial(erase_features, cache / "features.sqlite", at_once=0))
         await asyncio.sleep(PRUNE_SECONDS)
 
 

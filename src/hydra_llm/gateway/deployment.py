@@ -15,6 +15,7 @@ from hydra_llm.errors import HydraError
 from hydra_llm.extras import require
 from hydra_llm.gate import LexicalGate
 from hydra_llm.gateway.batching import MicroBatcher
+from hydra_llm.gateway.kept_fits import KeptFits
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.user_cache import TimedReads, UserCache, UserSnapshot, texts_of
 from hydra_llm.gateway.user_data import forget_unused
@@ -55,6 +56,7 @@ class Deployment:
     features: FeatureCache | None = None  # of the bundle, or of a retriever that needs an encoder
     searches_vectors: bool = False  # then BM25 searches until a user's history is encoded
     words: Retriever = field(default_factory=lambda: make_retriever("bm25"), init=False)
+    fits: KeptFits = field(default_factory=KeptFits, init=False)
     prefetching: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)  # by user
 
     @property
@@ -117,6 +119,7 @@ class Deployment:
     def drop(self, *users: str) -> None:
         """Drop users from memory, and every index, as none says whose it is (scoring thread)."""
         self.users.drop(*users)
+        self.fits.drop(*users)
         others = (own.retriever for own in self.pipeline.beside)
         learned = self.bundle.featurizer if self.bundle else None
         for part in (self.pipeline.retriever, *others, self.words, self.pipeline.gate, learned):
@@ -127,6 +130,7 @@ class Deployment:
         """Drop from memory whom another server has deleted or changed, and the features of texts
         that nobody has any more.
         """
+        self.fits.clear()  # whose have changed is not known of all
         stale = await self.reads.read(self.users.stale)
         await self.forget(*(user.name for user in stale))
         if self.features:

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
@@ -32,6 +32,7 @@ from hydra_llm.types import Record
 if TYPE_CHECKING:
     from hydra_llm.bundle import Bundle
     from hydra_llm.training.learned import Learned
+    from hydra_llm.training.refit import KeptFit
 
 IDLE_SECONDS = 1.0
 TRIES = 5
@@ -112,14 +113,17 @@ class Worker:
             features.keep = False
             with closing(features), suppress(StaleVersion):
                 bundle = replace(deployment.bundle, features=features)
+                kept = deployment.fits.of(job.user)
                 bill = Bill(user=job.user)
                 bill.known(version)
                 try:
-                    heads = self._fitted(bundle, job, readable, judged, bill)
+                    learned_now = self._fitted(bundle, job, readable, bill, kept)
                 finally:
                     self._ledger.take(bill)
+                heads = self._with_feedback(bundle, job.user, learned_now, judged)
                 with self._store.change(job.user, version=version) as change:
                     change.put_heads(deployment.id, to_stored(heads))
+                    deployment.fits.put(learned_now.kept)  # a deletion comes later, as of features
                     if deployment.users.need_features:
                         # encoded already; in the transaction, so that a deletion comes later
                         features.texts(texts_of(readable), keep=True)
@@ -132,10 +136,10 @@ class Worker:
         bundle: "Bundle",
         job: Job,
         records: Sequence[Record],
-        judged: Sequence[StoredFeedback],
         bill: Bill,
-    ) -> dict[str, Head]:
-        """The user's heads, fitted on these records and updated by the feedback that is in none."""
+        kept: "Mapping[str, KeptFit]",
+    ) -> "Learned":
+        """The user's heads, fitted on these records; a kept fit goes on."""
         from hydra_llm.training.api import fit
 
         if self._llm is None:
@@ -148,10 +152,15 @@ class Worker:
                 raise Stopped
 
         paid = PaidLLM(self._llm, bill, self._ledger)
-        learned = fit(data, bundle, paid, users=[job.user], progress=progress)
-        heads, adapter = learned.bundle.heads_of(job.user), bundle.adapter
+        return fit(data, bundle, paid, users=[job.user], progress=progress, kept=kept)
+
+    def _with_feedback(
+        self, bundle: "Bundle", user: str, fitted: "Learned", judged: Sequence[StoredFeedback]
+    ) -> dict[str, Head]:
+        """The user's heads after the feedback that is in no record."""
+        heads, adapter = fitted.bundle.heads_of(user), bundle.adapter
         if judged and adapter is not None and adapter.updates_online:
-            heads |= heads_after(bundle, job.user, heads, judged)
+            heads |= heads_after(bundle, user, heads, judged)
         return heads
 
 

@@ -199,7 +199,7 @@ async def delete_user(user: User, http: Request) -> dict[str, Any]:
     report = {"deleted": counts, "in_shared_base": in_base}
     emptied = False
     with suppress(StoreError):
-        emptied = await run_sync(gateway.store.truncate_log)
+        emptied = await run_sync(gateway.store.erase)
     if not emptied:
         log.warning("after a deletion: %s", LOG_IN_USE)
         report["warning"] = LOG_IN_USE

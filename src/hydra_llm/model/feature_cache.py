@@ -192,6 +192,13 @@ def forget_features(path: Path, texts: Iterable[str]) -> int:
         return len(_delete(file, texts))
 
 
+def erase_features(path: Path, *, at_once: float) -> None:
+    """As `CacheFile.erase`, of a file of features; UserFault if it cannot be written."""
+    if path.exists():
+        with closing(_open(path)) as file:
+            file.erase(at_once=at_once)
+
+
 def _delete(file: CacheFile, texts: Iterable[str]) -> set[bytes]:
     """The keys of what was deleted."""
     hashes, gone = [(_hash(text),) for text in texts], set[bytes]()

@@ -54,7 +54,7 @@ class Interaction(nn.Module):
         return {"kind": self.kind, **{name: getattr(self, name) for name in self.shape}}
 
     def numbers(self, groups: Groups) -> int:
-        """How many numbers x takes for one group."""
+        """How many numbers one group takes while x is made."""
         return self.size * groups.mask.shape[1]
 
     def dot(self, x: Tensor, v: Tensor) -> Tensor:
@@ -127,6 +127,9 @@ class Tower(Interaction):
         with torch.no_grad():
             self.layer.bias.zero_()
             self.layer.weight[: len(values)] = directions / (2 * values[:, None].sqrt())
+
+    def numbers(self, groups: Groups) -> int:
+        return (4 * self.width + self.size) * groups.mask.shape[1]
 
     @staticmethod
     def _joined(groups: Groups) -> Tensor:
@@ -232,7 +235,7 @@ class LabelBilinear(Interaction):
             self.project[: len(directions)] = directions
 
     def numbers(self, groups: Groups) -> int:
-        return groups.left.shape[1] * groups.mask.shape[1]
+        return groups.left.shape[1] + self.rank + groups.mask.shape[1]
 
     def dot(self, x: Tensor, v: Tensor) -> Tensor:
         """x [U, G, ...], v [U, V] → scores [U, G, L]."""

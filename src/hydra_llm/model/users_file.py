@@ -41,8 +41,9 @@ SCHEMA = (
     " PRIMARY KEY (digest, part)) WITHOUT ROWID",
 )
 PRAGMAS = "PRAGMA trusted_schema = OFF; PRAGMA synchronous = FULL; PRAGMA secure_delete = ON;"
+PRAGMAS += "PRAGMA cache_size = -16384;"  # in KiB: all pages above the leaves, of a million users
 NEW = "PRAGMA page_size = 16384; PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
-NEW += "PRAGMA cache_size = -65536;"  # in KiB
+NEW += "PRAGMA cache_size = -65536;"
 """Of a file that nobody knows yet: its writer makes it durable as a whole."""
 CHANGES = 24  # offset of SQLite's change counter, 4 bytes
 PREFIX = struct.Struct("<III")  # CRC-32 of all behind it, bytes of the user's id, of the content

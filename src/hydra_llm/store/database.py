@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, Connection, Engine
 
+from hydra_llm.erasure import Run, mark
 from hydra_llm.errors import SettingsError, StoreError
 from hydra_llm.store.urls import check_file, parse_url, shown
 from hydra_llm.text import json_text
@@ -74,8 +75,13 @@ class Database:
         """Run a statement that no transaction may surround; the first value that it returns."""
         level = {"bare": True} if self.on_sqlite else {"isolation_level": "AUTOCOMMIT"}
         with self._transaction(**level) as connection:
-            result = connection.exec_driver_sql(statement)
-            return result.scalar() if result.returns_rows else None
+            return first_value(connection, statement)
+
+    @contextmanager
+    def _running(self) -> Iterator[Run]:
+        """`writing`, for plain statements."""
+        with self.writing() as connection:
+            yield partial(first_value, connection)
 
     def _rows_kept_by_vacuum(self) -> dict[str, int]:
         """Rewrite PostgreSQL's tables; how many deleted rows each had to keep for a snapshot."""
@@ -161,6 +167,18 @@ def one_line_errors(url: URL) -> Iterator[None]:
         cause = getattr(error, "orig", None) or error
         reason = f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
         raise StoreError(f"store {shown(url)}: {reason}") from None
+
+
+def first_value(connection: Connection, statement: str) -> Any:
+    """The first value that a statement returns, or None."""
+    result = connection.exec_driver_sql(statement)
+    return result.scalar() if result.returns_rows else None
+
+
+def mark_deletion(connection: Connection) -> None:
+    """Note, in the transaction that deletes, that copies of what it deletes may be in the file."""
+    if connection.dialect.name == "sqlite":
+        mark(partial(first_value, connection))
 
 
 def insert_new(connection: Connection, table: sa.Table, row: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from hydra_llm.store import schema
-from hydra_llm.store.database import Database
+from hydra_llm.store.database import Database, mark_deletion
 
 WATCHED = ("bundle", "removal")
 """Rows of `serving` that servers watch."""
@@ -31,7 +31,9 @@ def tell_removal(connection: Connection) -> None:
     row = row.values(name="removal", value=secrets.token_hex(8))
     value = {"value": row.excluded.value}
     connection.execute(row.on_conflict_do_update(index_elements=["name"], set_=value))
-    if not on_sqlite:
+    if on_sqlite:
+        mark_deletion(connection)
+    else:
         connection.execute(sa.select(sa.func.pg_notify(CHANNEL, "")))
 
 

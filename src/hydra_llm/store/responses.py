@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from hydra_llm.store import schema
 from hydra_llm.store.change import known_or_new, locked_user
-from hydra_llm.store.database import in_parts
+from hydra_llm.store.database import in_parts, mark_deletion
 from hydra_llm.store.upkeep import Upkeep
 from hydra_llm.store.values import StoredResponse
 
@@ -62,6 +62,7 @@ class Responses(Upkeep):
             for table, own in ((schema.requests, request), (schema.responses, id)):
                 rows = sa.delete(table).where(table.c.id == own, table.c.user == key)
                 deleted = connection.execute(rows).rowcount
+            mark_deletion(connection)
         return deleted > 0
 
 

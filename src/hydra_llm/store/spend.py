@@ -14,7 +14,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from hydra_llm.store import schema
-from hydra_llm.store.database import in_parts
+from hydra_llm.store.database import in_parts, mark_deletion
 from hydra_llm.store.responses import Responses
 from hydra_llm.store.values import Limited, Spend, Spender, SpendGroup, Total
 
@@ -118,7 +118,9 @@ class Spending(Responses):
             (schema.spend.c.name != "") | (schema.spend.c.key != "")
         )
         with self.writing() as connection:
-            return _make_nobodys(connection, old, lambda row: True)
+            if rows := _make_nobodys(connection, old, lambda row: True):
+                mark_deletion(connection)
+            return rows
 
     def prune_totals(self, day: str, month: str, minute: str) -> None:
         """Delete the totals of days, months and minutes before these."""

@@ -20,7 +20,7 @@ from sqlalchemy.engine import URL
 from hydra_llm.history import in_order, parse_time
 from hydra_llm.store import migrate, schema
 from hydra_llm.store.change import FEEDBACK_ID, UserChange, check_version, known_or_new, locked_user
-from hydra_llm.store.database import in_parts, insert_new, one_line_errors
+from hydra_llm.store.database import in_parts, insert_new, mark_deletion, one_line_errors
 from hydra_llm.store.pages import Pages, with_names
 from hydra_llm.store.removals import WATCHED, tell_removal
 from hydra_llm.store.sessions import Sessions
@@ -137,8 +137,8 @@ class Store(Spending, Pages, Sessions):
     def delete_user(self, name: str, *, version: int | None = None) -> dict[str, int] | None:
         """Delete the user and everything about the user: rows per table; None for an unknown user.
 
-        A key for this user only is deleted too: it names the user. SQLite overwrites the bytes, but
-        its log keeps them until `truncate_log`; PostgreSQL's files keep them until `scrub`.
+        A key for this user only is deleted too: it names the user. SQLite overwrites the rows, but
+        its log and pages may keep copies until `erase`; PostgreSQL's files keep all until `scrub`.
         Raises StaleVersion if `version` is not the user's any more; then nothing was deleted.
         """
         keys, names = schema.keys.c, schema.key_users.c
@@ -152,6 +152,7 @@ class Store(Spending, Pages, Sessions):
             gone = set(connection.scalars(sa.select(keys.id).where(unused)))
             connection.execute(sa.delete(schema.keys).where(keys.id.in_(gone)))
             counts = {"keys": len(gone), "spend": forget_spender(connection, name, gone)}
+            mark_deletion(connection)
             if user is None:
                 return counts if any(counts.values()) else None
             for table in schema.OF_USERS:

@@ -1,5 +1,6 @@
 """Keeping the database sound: checks, counts, deleting what is old, erasing deleted bytes."""
 
+import math
 import time
 import warnings
 
@@ -7,9 +8,10 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
+from hydra_llm.erasure import AT_ONCE, rewrite
 from hydra_llm.errors import StoreError
 from hydra_llm.store import schema
-from hydra_llm.store.database import Database, insert_new
+from hydra_llm.store.database import Database, insert_new, mark_deletion
 
 SCRUBS = 25
 SCRUB_PAUSE = 0.2  # seconds: connections that start, and ANALYZE, hold a snapshot for a moment
@@ -35,6 +37,8 @@ class Upkeep(Database):
             for table in (schema.requests, schema.responses):
                 old = sa.delete(table).where(table.c.created < before)
                 answered += connection.execute(old).rowcount
+            if answered:
+                mark_deletion(connection)
             return answered, connection.execute(sa.delete(jobs).where(ended)).rowcount
 
     def scrub(self) -> None:
@@ -42,8 +46,7 @@ class Upkeep(Database):
         if not self.on_sqlite:
             self._scrub_postgresql()
             return
-        self.run_outside_transaction("VACUUM")
-        if not self.truncate_log():
+        if not self.erase(at_once=math.inf):
             raise StoreError("the log is in use, and still holds pages as they were: try again")
 
     def _scrub_postgresql(self) -> None:
@@ -56,6 +59,14 @@ class Upkeep(Database):
                 return
             time.sleep(SCRUB_PAUSE)
         raise StoreError("an open transaction may still read deleted rows: end it, then try again")
+
+    def erase(self, *, at_once: float = AT_ONCE) -> bool:
+        """After a deletion: rewrite an SQLite file without what is left of deleted rows, if it has
+        at most `at_once` bytes or has waited for a day; then `truncate_log`.
+        """
+        if self.on_sqlite:
+            rewrite(self.run_outside_transaction, self._running, at_once)
+        return self.truncate_log()
 
     def truncate_log(self) -> bool:
         """Write back and empty SQLite's log, which holds deleted pages; False if it was in use."""

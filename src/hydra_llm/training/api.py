@@ -35,6 +35,7 @@ from hydra_llm.tasks.base import Task
 from hydra_llm.training.encode import STAGE, encode_ahead, encode_histories
 from hydra_llm.training.labelling import asked_about
 from hydra_llm.training.learned import Learned
+from hydra_llm.training.refit import KeptFit
 from hydra_llm.training.strengths import Strengths
 from hydra_llm.training.train_scorer import silent
 from hydra_llm.training.work import Work
@@ -117,11 +118,15 @@ async def afit(
     users: Sequence[str] | None = None,
     settings: Settings | None = None,
     progress: StageProgress = silent,
+    kept: Mapping[str, KeptFit] | None = None,
 ) -> Learned:
     """Fit the heads of new users on their histories; with a bundle's path, write the bundle back.
 
     `users` defaults to the data set's new users (split `test`). Heads of users who have one are
     fitted anew. A user without records gets the shared head.
+
+    `kept`: the `kept` of an earlier result, or an empty dict, so that the result has one. Where a
+    user's history has only grown at its end, just the new records are labelled and encoded.
 
     Raises SettingsError: `settings` change what was fixed in learning; `Bundle.settings_with` makes
     some that do not. UnknownUser: a user whom the data set does not have. DataError: the data set
@@ -133,21 +138,25 @@ async def afit(
     _, data, model = _opened(dataset, llm, given.settings)
     given.check_precision()
     given.check_task(data.task)
-    names = data.users("test") if users is None else list(dict.fromkeys(users))
-    if unknown := [name for name in names if name not in data.splits]:
-        known = f"the data set has {len(data.splits)} users, see `hydra-llm data check`"
-        raise UnknownUser(f"unknown user '{unknown[0]}': {known}")
+    names = data.users("test") if users is None else _known(list(dict.fromkeys(users)), data)
     own, with_records = data.histories(names), set(data.with_records())
     lacking = _lacking(names, with_records, "have no records: they get the shared head")
     few = dict(own) if len(own) <= LATEST else own
     given = replace(given, records=Overlaid(few, given.records))
     learned, features = Learned(given, tuple(names), notes=lacking), given.features
     features.progress = partial(progress, STAGE)
-    await Work(learned, model, progress).fit()
+    await Work(learned, model, progress, kept=kept).fit()
     features.progress = None
     if not isinstance(bundle, Bundle):
         learned.bundle.save_users(bundle, names)
     return learned
+
+
+def _known(names: list[str], data: DataSet) -> list[str]:
+    if unknown := [name for name in names if name not in data.splits]:
+        known = f"the data set has {len(data.splits)} users, see `hydra-llm data check`"
+        raise UnknownUser(f"unknown user '{unknown[0]}': {known}")
+    return names
 
 
 def _blocking(function: Callable[P, Awaitable[T]]) -> Callable[P, T]:

@@ -23,6 +23,7 @@ from hydra_llm.training.calibration import HeldOut
 from hydra_llm.training.dataset import Split, TrainingSet, chunks_of_users
 
 TEXT_RIDGE = 3.0  # on the shared effects of known texts
+AT_ONCE = 1_500_000  # numbers of the users fitted together: more would leave the processor's cache
 FISHER_GROUPS = 2000  # a mean over so many groups is good enough
 UserHeads = dict[str, Head]
 
@@ -103,9 +104,9 @@ def standardise(scorer: Scorer, data: TrainingSet) -> None:
 
 
 def head_problems(scorer: Scorer, data: TrainingSet, names: Sequence[str]) -> Iterator[HeadProblem]:
-    """What fitting these users' heads needs, as many of them at once as memory allows."""
+    """What fitting these users' heads needs, as many of them at once as have few numbers."""
     per_group = scorer.interaction.numbers(data.groups)
-    for users, index in chunks_of_users(data, names, per_group=per_group):
+    for users, index in chunks_of_users(data, names, numbers=AT_ONCE, per_group=per_group):
         yield scorer.head_problem(data.groups, users, index)
 
 

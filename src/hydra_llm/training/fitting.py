@@ -1,6 +1,6 @@
 """Users' heads, a block of users at a time: what an engine does of `Work.fit_users`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from time import perf_counter
@@ -11,16 +11,10 @@ from hydra_llm.llm.concurrency import StageProgress
 from hydra_llm.llm.none import NoLLM
 from hydra_llm.pipeline import UserPipeline
 from hydra_llm.rerank import record_text
-from hydra_llm.side_features import Featurizer
 from hydra_llm.training.convex import UserHeads
 from hydra_llm.training.dataset import LabelledGroup
 from hydra_llm.training.encode import encode_histories
-from hydra_llm.training.labelling import (
-    choice_groups,
-    offers_all,
-    weak_adapter_groups,
-    weak_reranker_groups,
-)
+from hydra_llm.training.labelling import offers_all, weak_groups
 from hydra_llm.training.train_scorer import head_data, silent, solve_heads
 from hydra_llm.types import Record
 
@@ -77,10 +71,8 @@ def fit_block(fitting: Fitting, block: Block) -> Fitted:
         fitted.heads[name] = solve_heads(bundle, name, labelled, block.users)
         fitted.solved[name] = perf_counter() - encoded
         fitted.seconds[name] = perf_counter() - started
-        # Encode what the reranker reads of these users: else their first question waits for it.
-        if name == RERANKER and not bundle.scorers[name].interaction.reads_pairs:
-            with_answer = bundle.settings.record_answer
-            bundle.features.texts([record_text(own, with_answer=with_answer) for own in every])
+        if name == RERANKER:
+            encode_ranked(bundle, every)
     return fitted
 
 
@@ -106,17 +98,17 @@ def plain_pipeline(bundle: Bundle, llm: ChatLLM, name: str) -> UserPipeline:
     return bundle.personalizer(llm, rerank=rerank, adapt=name == RERANKER)
 
 
-def weak_groups(
-    name: str, plain: UserPipeline, featurizer: Featurizer, users: Sequence[str]
-) -> list[LabelledGroup]:
-    """The groups that histories give without an LLM: not for a reranker that learns as published;
-    for an adapter that does not learn from every label, recorded choices alone.
-    """
-    if name == RERANKER and plain.settings.reranker_labels != "llm":
-        return [group for user in users for group in weak_reranker_groups(plain, featurizer, user)]
-    if name == ADAPTER and offers_all(plain.task, plain.settings):
-        records = (plain.records[user] for user in users)
-        return [group for own in records for group in weak_adapter_groups(featurizer, own)]
-    if name == ADAPTER:
-        return [group for user in users for group in choice_groups(featurizer, plain.records[user])]
-    return []
+def encode_ranked(bundle: Bundle, records: Iterable[Record]) -> None:
+    """Encode what the reranker reads of records: else a user's first question waits for it."""
+    if not bundle.scorers[RERANKER].interaction.reads_pairs:
+        with_answer = bundle.settings.record_answer
+        bundle.features.texts([record_text(own, with_answer=with_answer) for own in records])
+
+
+def asks_llm(bundle: Bundle, name: str) -> bool:
+    """Whether heads of this scorer are fitted to what the LLM does, beside recorded choices."""
+    of_llm = bundle.settings.reranker_labels == "llm"
+    if name == RERANKER:
+        return of_llm
+    by_words = bundle.word_model is not None and bundle.settings.fit_labels == "history"
+    return not offers_all(bundle.task, bundle.settings) and (of_llm or not by_words)

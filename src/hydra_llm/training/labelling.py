@@ -13,6 +13,7 @@ Knows no scorer but those inside the personalizer. A failed call is reported and
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain, islice
 
 from hydra_llm.config import Settings
 from hydra_llm.context import Context
@@ -170,15 +171,33 @@ async def _usefulness(
     return gain, sampled.usage, [*prompt.notes, *sampled.notes]
 
 
+def weak_groups(
+    name: str, plain: UserPipeline, featurizer: Featurizer, users: Sequence[str], since: int = 0
+) -> list[LabelledGroup]:
+    """The groups that histories give without an LLM: not for a reranker that learns as published;
+    for an adapter that does not learn from every label, recorded choices alone. `since`: without
+    those of so many records of each user, the oldest.
+    """
+    if name == "reranker" and plain.settings.reranker_labels == "llm":
+        return []
+    if name == "reranker":
+        made = (weak_reranker_groups(plain, featurizer, user, since) for user in users)
+    else:
+        every = offers_all(plain.task, plain.settings)
+        of_records = weak_adapter_groups if every else choice_groups
+        made = (of_records(featurizer, plain.records[user], since) for user in users)
+    return list(chain.from_iterable(made))
+
+
 def weak_reranker_groups(
-    personalizer: UserPipeline, featurizer: Featurizer, user: str
+    personalizer: UserPipeline, featurizer: Featurizer, user: str, since: int = 0
 ) -> list[LabelledGroup]:
     """Each of a user's records as a query for those before it, which are worth their own answers:
     an LLM that is shown one record leans on that record's answer (measured on training users:
     benchmarks/reranker_labels.py), and histories give many more groups than an LLM can label.
     """
     task, groups = personalizer.task, list[LabelledGroup]()
-    for record, context in _with_contexts(featurizer, personalizer.records[user]):
+    for record, context in _with_contexts(featurizer, personalizer.records[user], since):
         if not context.visible or not _can_be_asked(task, record):
             continue
         rows = []
@@ -192,12 +211,14 @@ def weak_reranker_groups(
 
 
 def _with_contexts(
-    featurizer: Featurizer, records: Sequence[Record]
+    featurizer: Featurizer, records: Sequence[Record], since: int
 ) -> Iterator[tuple[Record, Context]]:
-    """A user's records, oldest first, each with itself as a query for those before it."""
+    """A user's records, oldest first, each with itself as a query for those before it; without the
+    first ones.
+    """
     own = in_order(records)
     vectorize = featurizer.of_pasts(own[:-1])  # the last one is in no past
-    for record, past in with_pasts(own):
+    for record, past in islice(with_pasts(own), since, None):
         yield record, Context(as_query(record), tuple(past), vectorize=vectorize)
 
 
@@ -301,21 +322,25 @@ def reads_labels(task: Task, settings: Settings) -> bool:
     return bool(task.labels) and wanted and bool(HEADS.load(settings.head).on_labels)
 
 
-def weak_adapter_groups(featurizer: Featurizer, records: Sequence[Record]) -> list[LabelledGroup]:
+def weak_adapter_groups(
+    featurizer: Featurizer, records: Sequence[Record], since: int = 0
+) -> list[LabelledGroup]:
     """A user's records as queries over all labels, each labelled by its own answer."""
     labels, candidates = featurizer.task.labels, all_labels(featurizer.task, [])
     return [
         _labelled(featurizer, context, candidates, voted=False)
-        for record, context in _with_contexts(featurizer, records)
+        for record, context in _with_contexts(featurizer, records, since)
         if record.output in labels
     ]
 
 
-def choice_groups(featurizer: Featurizer, records: Sequence[Record]) -> list[LabelledGroup]:
+def choice_groups(
+    featurizer: Featurizer, records: Sequence[Record], since: int = 0
+) -> list[LabelledGroup]:
     """A user's recorded choices, each with what is known of the records before it."""
     return [
         _choice_group(featurizer, context, offered_candidates(context.query))
-        for record, context in _with_contexts(featurizer, records)
+        for record, context in _with_contexts(featurizer, records, since)
         if isinstance(record, Choice)
     ]
 

@@ -3,7 +3,7 @@
 `api.py` opens what they need and says who is learned from.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -28,10 +28,11 @@ from hydra_llm.training.fitting import (
     RERANKER,
     Block,
     Fitting,
+    asks_llm,
     blocks,
+    encode_ranked,
     fit_block,
     plain_pipeline,
-    weak_groups,
 )
 from hydra_llm.training.gate import fit_gate
 from hydra_llm.training.labelling import (
@@ -45,13 +46,15 @@ from hydra_llm.training.labelling import (
     reranker_groups,
     training_queries,
     unasked_groups,
+    weak_groups,
 )
 from hydra_llm.training.learned import Learned
+from hydra_llm.training.refit import Groups, KeptFit, continued, refit
 from hydra_llm.training.resume import SampleCheckpoint
 from hydra_llm.training.strengths import Strengths
 from hydra_llm.training.train_scorer import LabelledData, target_rule, train_scorer
 from hydra_llm.training.word_model import TOO_FEW, WordModels, learn_word_model
-from hydra_llm.types import Overlaid, Query, StageCost
+from hydra_llm.types import Query, StageCost
 
 ADAPTER_LABELS = "labelling"  # the report's entry on adaptive labelling
 STAGES = {RERANKER: "label records", ADAPTER: "label candidates"}
@@ -77,6 +80,7 @@ class Work:
     out: Path | str | None = None  # the bundle's folder, beside which checkpoints lie
     strengths: Strengths = Strengths()
     asked: Asked | None = None  # of training users; new users are asked about their latest records
+    kept: Mapping[str, KeptFit] | None = None  # of earlier fits by user, which go on; None: nothing
 
     async def learn(self, first: Bundle | None) -> None:
         """The reranker, or that of `first`; then the adapter."""
@@ -222,15 +226,14 @@ class Work:
         """Let the LLM label what it is asked about training users, or new users' latest records;
         `queries`: some of them.
         """
-        learned, stage, most = self.learned, STAGES[name], plain.settings.queries_per_user
+        learned, stage = self.learned, STAGES[name]
         if is_none(self.llm):
             return Collected(lambda featurizer: [])
-        latest = (training_queries(plain.task, plain.records[user], most) for user in users)
         if self.asked is not None:
             queries = self.asked.all if queries is None else queries
             plain = replace(plain, records=self.asked.records)
-        else:
-            queries = list(chain(*latest))
+        elif queries is None:
+            queries = self.latest(plain, users)
         label: Label = reranker_groups if name == RERANKER else adapter_groups
         if rounds is not None:
             label = partial(rounds.label, label)
@@ -243,6 +246,11 @@ class Work:
         if collected.failures and len(collected.failures) == collected.calls:
             raise LLMError(f"every call failed, the first with: {collected.failures[0]}")
         return collected
+
+    def latest(self, plain: UserPipeline, users: Sequence[str]) -> list[Query]:
+        """The queries of which new users' records are labelled."""
+        most = plain.settings.queries_per_user
+        return list(chain(*(training_queries(plain.task, plain.records[u], most) for u in users)))
 
     def train(self, data: LabelledData | None, *, tune: bool = False) -> None:
         """Train a scorer; held-out users decide whether a reranker is used."""
@@ -282,20 +290,28 @@ class Work:
         """
         bundle = self.learned.bundle
         asks = {
-            name: self.asks_to_fit(name) for name in (RERANKER, ADAPTER) if name in bundle.scorers
+            name: asks_llm(bundle, name) for name in (RERANKER, ADAPTER) if name in bundle.scorers
         }
+        ranks = bundle.reranker is not None
+        if self.kept is not None:
+            for place, user in enumerate(users, 1):
+                encode_histories(bundle, bundle.records[user], self.progress, ranks=ranks)
+                for name, is_asked in asks.items():
+                    await self._go_on(name, user, asks=is_asked)
+                    self.progress(stage or f"fit {name}", place, len(users))
+                done()
+            return
         # With an LLM all at once: its calls take longer than all else, and are told together.
         if users and not (any(asks.values()) and not is_none(self.llm)):
             self._fit(Fitting(bundle, list(asks), progress=self.progress), users, stage, done)
             return
         every = list(chain.from_iterable(bundle.records[user] for user in users))
-        encode_histories(bundle, every, self.progress, ranks=bundle.reranker is not None)
+        encode_histories(bundle, every, self.progress, ranks=ranks)
         for name, is_asked in asks.items():
             bundle, asked = self.learned.bundle, list[LabelledGroup]()
             if is_asked:
-                asked = (await self.collect(name, self.plain(name), users)).groups(
-                    bundle.featurizer
-                )
+                collected = await self.collect(name, self.plain(name), users)
+                asked = collected.groups(bundle.featurizer)
             fitting = Fitting(bundle, [name], encodes=False, progress=self.progress)
             self._fit(fitting, users, stage, done, asked=asked, at_once=True)
 
@@ -327,16 +343,8 @@ class Work:
         for block in engine.each(fit_block, shared, parts):
             fitted += len(block.users)
             for name, heads in block.heads.items():
-                place = f"fit {name}"
-                before = learned.stages.get(place, StageCost(0, 0.0))
-                counts = before.users + len(block.users), before.seconds + block.seconds[name]
-                learned.stages[place] = StageCost(*counts, before.usage)
-                learned.solved[place] = learned.solved.get(place, 0.0) + block.solved[name]
-                known = Overlaid(heads, learned.bundle.heads.get(name, {}))
-                learned.bundle = replace(
-                    learned.bundle, heads={**learned.bundle.heads, name: known}
-                )
-                self.progress(stage or place, fitted, len(users))
+                learned.add_heads(name, heads, block.seconds[name], block.solved[name])
+                self.progress(stage or f"fit {name}", fitted, len(users))
             done()
 
     async def learn_from(
@@ -376,10 +384,17 @@ class Work:
             await others.fit_users(missing, "fit heads", done_now)
         learned.users = tuple(users)
 
-    def asks_to_fit(self, name: str) -> bool:
-        """Whether heads of this scorer are fitted to what the LLM does, beside recorded choices."""
-        bundle, of_llm = self.learned.bundle, self.learned.bundle.settings.reranker_labels == "llm"
+    async def _go_on(self, name: str, user: str, *, asks: bool) -> None:
+        """The head of one user, from what is kept of the fit before."""
+        learned, bundle = self.learned, self.learned.bundle
+        plain, before = self.plain(name), continued(self.kept, bundle, name, [user])
+        since, of_llm = len(before.records) if before else 0, list[LabelledGroup]()
+        weak = weak_groups(name, plain, bundle.featurizer, [user], since)
+        queries = self.latest(plain, [user]) if asks else []
+        if asks:
+            unasked = before.unasked(queries) if before else queries
+            collected = await self.collect(name, plain, [user], queries=unasked)
+            of_llm = collected.groups(bundle.featurizer)
+        refit(learned, name, Groups(user, weak, of_llm, queries), before)
         if name == RERANKER:
-            return of_llm
-        by_words = bundle.word_model is not None and bundle.settings.fit_labels == "history"
-        return not offers_all(bundle.task, bundle.settings) and (of_llm or not by_words)
+            encode_ranked(bundle, bundle.records[user])

@@ -87,7 +87,8 @@ class AdditiveHead(VectorShared):
         convex = self._convex(problem, shared, *self.design(interaction, x))
         if self.own_bias:
             convex = with_bias(convex)
-        values = newton_cg(convex, self.precisions(problem.precision))
+        start = None if problem.start is None else problem.start[:, : convex.size]
+        values = newton_cg(convex, self.precisions(problem.precision), start=start)
         return list(pad(values, (0, self.numbers_per_user - convex.size)).numpy())
 
     def _convex(self, problem: HeadProblem, scores: Tensor, dot: Apply, outer: Apply) -> Problem:

@@ -56,6 +56,7 @@ class HeadProblem:
     loss: Loss
     precision: float = 1.0  # of the Gaussian prior around the shared head
     sgd: SGDConfig = SGDConfig()
+    start: Tensor | None = None  # [U, P] heads from which a convex fit begins
 
     def user(self, u: int) -> "HeadProblem":
         """One user's problem without padded groups, U = 1."""
