@@ -22,6 +22,7 @@ from hydra_llm.history import as_query, before, in_order, precedes, with_pasts
 from hydra_llm.llm.concurrency import Progress, at_once, map_calls
 from hydra_llm.pipeline import Records, UserPipeline
 from hydra_llm.plugins import HEADS
+from hydra_llm.prompt import Prompt
 from hydra_llm.rerank import record_text
 from hydra_llm.select import all_labels, candidate_text, offered_candidates
 from hydra_llm.side_features import Featurizer
@@ -134,10 +135,14 @@ async def reranker_groups(
     greedy = {"samples": 1, "greedy_first": True, "candidates": "sampled"}
     once = replace(personalizer, settings=settings.model_copy(update=greedy))
 
-    ask, distinct = partial(_usefulness, once), list(asked.values())
-    limit = at_once(once.llm, settings.concurrency)
-    found = await map_calls(ask, distinct, limit=limit, progress=progress)
-    results = dict(zip(asked, found, strict=True))
+    prompts = {key: once.render(own.query, [item]) for key, (own, item) in asked.items()}
+    # Prompts with the same record begin alike; engines keep that part of the one before.
+    order = sorted(prompts, key=lambda key: [part["content"] for part in prompts[key].messages])
+    ask, limit = partial(_usefulness, once), at_once(once.llm, settings.concurrency)
+    todo = [(asked[key][0].query, prompts[key]) for key in order]
+    results = dict(
+        zip(order, await map_calls(ask, todo, limit=limit, progress=progress), strict=True)
+    )
     useful: dict[Query, list[tuple[Ranked, float]]] = {}
     for (context, item), key in zip(cases, asked_as, strict=True):
         if not isinstance(result := results[key], LLMError):
@@ -148,9 +153,9 @@ async def reranker_groups(
         group = partial(_reranker_group, personalizer, featurizer, voted=True)
         return [group(_seen(featurizer, own), useful[own.query]) for own in judged]
 
-    out = Collected(groups, calls=len(distinct))
-    for (context, item), result in zip(distinct, found, strict=True):
-        if isinstance(result, LLMError):
+    out = Collected(groups, calls=len(asked))
+    for key, (context, item) in asked.items():
+        if isinstance(result := results[key], LLMError):
             out.failures.append(f"query {context.query.id}, record {item.record.id}: {result}")
             out.usage += Usage(failed=1)
         else:
@@ -160,11 +165,10 @@ async def reranker_groups(
 
 
 async def _usefulness(
-    once: UserPipeline, case: tuple[Context, Ranked]
+    once: UserPipeline, case: tuple[Query, Prompt]
 ) -> tuple[float, Usage, list[str]]:
-    """The gain of the LLM's answer with this record alone, what it cost, and notes."""
-    query, item = case[0].query, case[1]
-    prompt = once.render(query, [item])
+    """The gain of the LLM's answer to a prompt, what it cost, and notes."""
+    query, prompt = case
     sampled = await once.sample(once.llm, prompt)
     gain = once.task.gain(sampled.candidates[0].answer, query.gold or "")
     return gain, sampled.usage, [*prompt.notes, *sampled.notes]
