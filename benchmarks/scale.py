@@ -6,14 +6,15 @@ heads to 1,000,000; fits the slopes and says which series are flat.
         [--kinds lowrank] [--out FILE.json] [--plot FILE.svg] [--folder FOLDER]
 
 No LLM. For each size a data set is generated (simulated_users.py: a task with two labels), a bundle
-is learned from these users (`hydra-llm learn`), heads of a tenth as many new users are fitted
+is learned from these users (`hydra-llm learn`), heads of as many new users are fitted
 (`hydra-llm fit`), and from the bundle random users are answered and deleted. A store is a bundle of
 random heads alone. Each step is a process of its own: its CPU seconds (of all threads; torch has
 one), wall seconds and peak of resident memory are the kernel's. Sizes of at most 1,000 users are
 learned `--runs` times.
 
 The figures of a size are in `--out` as soon as it is done, and the next run goes on behind them. A
-size that would not be done within `--minutes` is left for the next run.
+size that would not be done within `--minutes` is left for the next run, unless it is the first to
+be done: 100,000 users take longer.
 
 A slope is that of log(figure) over log(users), by least squares, with a 95 % interval (t) from the
 scatter of all runs; 0 is flat, 1 is linear. What all users share is learned from a sample of at
@@ -49,8 +50,8 @@ FLAT, LINEAR = 0.0, 1.0
 SERIES: Mapping[str, tuple[str, float]] = {
     "learn cpu s": ("learn, CPU s", LINEAR),
     "learn peak MB": ("learn, peak MB without heads", FLAT),
-    "fit cpu s": ("fit of a tenth, CPU s", LINEAR),
-    "fit peak MB": ("fit of a tenth, peak MB without heads", FLAT),
+    "fit cpu s": ("fit of as many new users, CPU s", LINEAR),
+    "fit peak MB": ("fit of as many, peak MB without heads", FLAT),
     "ask cpu ms": ("ask, a user's first question, CPU ms", FLAT),
     "ask again cpu ms": ("ask, a later question, CPU ms", FLAT),
     "ask peak MB": ("ask, peak MB", FLAT),
@@ -85,18 +86,22 @@ class Slope:
 
 
 def slope(sizes: Sequence[float], repeats: Sequence[Sequence[float]]) -> Slope:
-    """Through the repeats at each size. Two sizes, or none that scatter, have no interval."""
-    from scipy.stats import linregress, t
+    """Through the repeats at each size; two values have an infinite interval."""
+    from scipy.stats import t
 
     pairs = [
         (math.log(size), math.log(max(value, 1e-9)))
         for size, values in zip(sizes, repeats, strict=True)
         for value in values
     ]
-    x, y = zip(*pairs, strict=True)
-    line, degrees = linregress(x, y), len(pairs) - 2
-    wide = float(t.ppf(0.975, degrees) * line.stderr) if degrees > 0 else math.inf
-    return Slope(float(line.slope), float(line.slope) - wide, float(line.slope) + wide)
+    x_mean, y_mean = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+    spread = sum((x - x_mean) ** 2 for x, _ in pairs)
+    rise = sum((x - x_mean) * (y - y_mean) for x, y in pairs) / spread
+    rest = sum((y - y_mean - rise * (x - x_mean)) ** 2 for x, y in pairs)
+    degrees = len(pairs) - 2
+    error = math.sqrt(rest / degrees / spread) if degrees > 0 else math.inf
+    wide = float(t.ppf(0.975, degrees)) * error if degrees > 0 else math.inf
+    return Slope(rise, rise - wide, rise + wide)
 
 
 # ---- running
@@ -154,9 +159,9 @@ class Run:
 def users_seconds(users: int) -> dict[str, float]:
     """A guess of the seconds of each step of a size, on an idle machine of 2026."""
     return {
-        "data": 3 + users / 1500,
+        "data": 3 + users / 1000,
         "learn": 20 + users / 100,
-        "fit": 8 + users / 250,
+        "fit": 8 + users / 100,
         "ask": 8,
         "delete": 5,
     }
@@ -176,11 +181,11 @@ def guess_of(users: int, args: argparse.Namespace) -> float:
 
 
 def measure_users(run: Run, users: int) -> Point:
-    """Learn from so many users, fit a tenth as many, answer and delete some."""
+    """Learn from so many users, fit as many new ones, answer and delete some."""
     args, label, guess = run.args, f"{users:,} users", users_seconds(users)
-    data, bundle, new = run.work / "data", run.work / "bundle", max(1, users // 10)
-    point: Point = {"users": users, "new": new}
-    run.own(label, "data", data, guess["data"], "--users", str(users), "--new", str(new))
+    data, bundle = run.work / "data", run.work / "bundle"
+    point: Point = {"users": users}
+    run.own(label, "data", data, guess["data"], "--users", str(users), "--new", str(users))
     for _ in range(runs_of(users, args)):
         shutil.rmtree(bundle, ignore_errors=True)
         base = ["--set", f"research.base_users={args.base_users}"]
@@ -194,7 +199,7 @@ def measure_users(run: Run, users: int) -> Point:
     for name in ("ask", "delete"):
         point |= run.own(label, name, bundle, guess[name], *calls)["told"]
     heads = point.pop("bytes of a user's heads") / 1e6
-    point["heads MB"] = {"learn": heads * users, "fit": heads * new}
+    point["heads MB"] = {"learn": heads * users, "fit": heads * users}
     shutil.rmtree(data)
     shutil.rmtree(bundle)
     return point
@@ -236,7 +241,7 @@ def run_all(args: argparse.Namespace) -> Run:
         if any(name.startswith("users") for name, _, _ in todo):
             run.own("features", "pool", run.work, 10.0)
         for place, (name, seconds, job) in enumerate(todo):
-            if run.fits(seconds):
+            if place == 0 or run.fits(seconds):  # one at least: a large one may need longer
                 run.keep(name, job())
                 continue
             minutes = run.remaining(sum(later for _, later, _ in todo[place:])) / 60
