@@ -94,8 +94,7 @@ def now(since: tuple[float, float] = (0.0, 0.0)) -> tuple[float, float]:
 async def labelled(
     spec: str, prompts: list[tuple[Message, ...]], labels: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Of both orders seconds, prompts and prompt tokens a second; of 8 samples seconds (CPU, wall).
-    """
+    """Of both orders seconds, prompts and prompt tokens a second; seconds of 8 samples."""
     row: dict[str, Any] = {}
     most = 4 if labels else 32
     greedy = Sampling(max_tokens=most, choices=labels)

@@ -327,33 +327,26 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     charts = []
     for row in rows:
-        law, shown = row["slope"], [p for p in row["points"] if p["users"] >= row["from"]]
-        logs = [(math.log(p["users"]), math.log(max(v, 1e-9))) for p in shown for v in p["values"]]
+        law, points = row["slope"], row["points"]
+        shown = [(p["users"], value) for p in points for value in p["values"]]
+        logs = [(math.log(n), math.log(max(v, 1e-9))) for n, v in shown if n >= row["from"]]
         x, y = (sum(column) / len(logs) for column in zip(*logs, strict=True))
-        values = [
-            {
-                "users": p["users"],
-                "value": value,
-                "line": math.exp(y + law.value * (math.log(p["users"]) - x))
-                if p in shown
-                else None,
-            }
-            for p in row["points"]
-            for value in p["values"]
+        ends = [
+            {"users": n, "value": math.exp(y + law.value * (math.log(n) - x))}
+            for n in (row["from"], points[-1]["users"])
         ]
-        most = max(value["value"] for value in values)
-        least = min(value["value"] for value in values)
-        scale = alt.Scale(type="log", domain=[least / 2, most * 2], nice=False)
-        chart = alt.Chart(alt.Data(values=values)).encode(
-            x=alt.X("users:Q").scale(type="log").axis(format="~s").title("users")
-        )
-        points = chart.mark_point(filled=True, size=40).encode(
-            y=alt.Y("value:Q").scale(scale).axis(format="~s").title(None)
-        )
-        fitted = chart.mark_line().encode(y=alt.Y("line:Q").scale(scale).title(None))
+        values = [{"users": users, "value": value} for users, value in shown]
+        domain = [min(v for _, v in shown) / 2, max(v for _, v in shown) * 2]
+        scale = alt.Scale(type="log", domain=domain, nice=False)
+        axes = {
+            "x": alt.X("users:Q").scale(type="log").axis(format="~s").title("users"),
+            "y": alt.Y("value:Q").scale(scale).axis(format="~g", tickCount=4).title(None),
+        }
+        dots = alt.Chart(alt.Data(values=values)).mark_point(filled=True, size=40).encode(**axes)
+        fitted = alt.Chart(alt.Data(values=ends)).mark_line().encode(**axes)
         interval = f"slope {law.value:.2f} [{law.low:.2f}, {law.high:.2f}]: {row['verdict']}"
-        title = alt.TitleParams(row["series"], subtitle=interval, fontSize=12)
-        charts.append((points + fitted).properties(title=title, width=230, height=150))
+        title = alt.TitleParams(row["series"], subtitle=interval, fontSize=11, subtitleFontSize=10)
+        charts.append((dots + fitted).properties(title=title, width=230, height=150))
     alt.concat(*charts, columns=3).resolve_scale(x="independent", y="independent").save(str(path))
 
 
