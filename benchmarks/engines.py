@@ -82,8 +82,9 @@ def labelling_prompts(
     for record in records[-2:]:
         query = as_query(record)
         context = pipeline.context(query, before(records, record))
-        found += [pipeline.render(query, [item]).messages for item in pipeline.retrieve(context)]
-    return found[:count], data.task.labels
+        items = pipeline.retrieve(context)[: count // 2]
+        found += [pipeline.render(query, [item]).messages for item in items]
+    return found, data.task.labels
 
 
 def now(since: tuple[float, float] = (0.0, 0.0)) -> tuple[float, float]:

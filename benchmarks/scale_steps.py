@@ -217,13 +217,9 @@ def store(args: argparse.Namespace) -> Figures:
 
 def read(args: argparse.Namespace) -> Figures:
     """Open it, and score 20 candidates of random users one by one, then a batch that mixes them."""
-    begin = time.perf_counter()
-    heads = read_bundle(args.folder).heads["adapter"]
-    opened, scorer, rng = (
-        (time.perf_counter() - begin) * 1000,
-        scorer_of(args.kind),
-        random.Random(),
-    )
+    opened = timed([lambda: read_bundle(args.folder)] * (2 * BATCHES))
+    heads, scorer = read_bundle(args.folder).heads["adapter"], scorer_of(args.kind)
+    rng = random.Random(args.seed)
     groups, mixed = groups_of(1), groups_of(MIXED)
 
     def user() -> str:
