@@ -13,6 +13,7 @@ Knows no scorer but those inside the personalizer. A failed call is reported and
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeVar
 
 from hydra_llm.config import Settings
 from hydra_llm.context import Context
@@ -29,6 +30,8 @@ from hydra_llm.side_features import Featurizer
 from hydra_llm.tasks.base import Task
 from hydra_llm.training.dataset import LabelledGroup
 from hydra_llm.types import Candidate, Choice, Proposal, Query, Ranked, Record, Usage
+
+K = TypeVar("K")
 
 
 @dataclass
@@ -132,17 +135,7 @@ async def reranker_groups(
     asked_as = [(own.query, item.record.output if alike else item.record) for own, item in cases]
     first = dict(zip(reversed(asked_as), reversed(cases), strict=True))  # the last one stays
     asked = {key: first[key] for key in dict.fromkeys(asked_as)}
-    greedy = {"samples": 1, "greedy_first": True, "candidates": "sampled"}
-    once = replace(personalizer, settings=settings.model_copy(update=greedy))
-
-    prompts = {key: once.render(own.query, [item]) for key, (own, item) in asked.items()}
-    # Prompts with the same record begin alike; engines keep that part of the one before.
-    order = sorted(prompts, key=lambda key: [part["content"] for part in prompts[key].messages])
-    ask, limit = partial(_usefulness, once), at_once(once.llm, settings.concurrency)
-    todo = [(asked[key][0].query, prompts[key]) for key in order]
-    results = dict(
-        zip(order, await map_calls(ask, todo, limit=limit, progress=progress), strict=True)
-    )
+    results = await _in_order_of_prompts(personalizer, asked, progress)
     useful: dict[Query, list[tuple[Ranked, float]]] = {}
     for (context, item), key in zip(cases, asked_as, strict=True):
         if not isinstance(result := results[key], LLMError):
@@ -162,6 +155,23 @@ async def reranker_groups(
             out.usage += result[1]
             out.notes += result[2]
     return out
+
+
+async def _in_order_of_prompts(
+    personalizer: UserPipeline, asked: Mapping[K, tuple[Context, Ranked]], progress: Progress | None
+) -> dict[K, tuple[float, Usage, list[str]] | LLMError]:
+    """What each record is worth for its query. Prompts that begin alike, as with the same record,
+    are asked one after the other: engines keep what they have read.
+    """
+    settings = personalizer.settings
+    greedy = {"samples": 1, "greedy_first": True, "candidates": "sampled"}
+    once = replace(personalizer, settings=settings.model_copy(update=greedy))
+    prompts = {key: once.render(own.query, [item]) for key, (own, item) in asked.items()}
+    order = sorted(prompts, key=lambda key: [part["content"] for part in prompts[key].messages])
+    todo = [(asked[key][0].query, prompts[key]) for key in order]
+    limit = at_once(once.llm, settings.concurrency)
+    found = await map_calls(partial(_usefulness, once), todo, limit=limit, progress=progress)
+    return dict(zip(order, found, strict=True))
 
 
 async def _usefulness(
