@@ -22,6 +22,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 from hydra_llm.config import Settings
@@ -92,6 +93,22 @@ def now(since: tuple[float, float] = (0.0, 0.0)) -> tuple[float, float]:
     return time.process_time() - since[0], time.perf_counter() - since[1]
 
 
+def tokens_read(llm: Any) -> list[int]:
+    """Grows by the tokens of each prompt that llama.cpp had not kept; other engines tell none."""
+    found = list[int]()
+    if server := getattr(getattr(llm, "engine", None), "_server", None):
+
+        def chat(body: Any, read: Any) -> Any:
+            def told(chunk: Any) -> Any:
+                found.extend([chunk["timings"]["prompt_n"]] if chunk.get("timings") else [])
+                return read(chunk)
+
+            return server.handle_chat_completions(body, told)
+
+        llm.engine._server = SimpleNamespace(handle_chat_completions=chat)
+    return found
+
+
 async def labelled(
     spec: str, prompts: list[tuple[Message, ...]], labels: tuple[str, ...]
 ) -> dict[str, Any]:
@@ -103,6 +120,7 @@ async def labelled(
     for name, ordered in orders.items():
         async with aclosing(bare_llm(spec, Settings())) as llm:
             await llm.generate([{"role": "user", "content": "Hello"}], greedy)  # it is loaded
+            read = tokens_read(llm)
             start, tokens, texts = now(), 0, dict[str, str]()
             for prompt in ordered:
                 answer = await llm.generate(prompt, greedy)
@@ -111,6 +129,7 @@ async def labelled(
             cpu, wall = now(start)
             row[name] = {"cpu_s": cpu, "s": wall, "prompts/s": len(prompts) / wall}
             row[name] |= {"tokens/s": tokens / wall, "answers": texts}
+            row[name] |= {"tokens": tokens, "tokens_read": sum(read) or None}
             if name == "by query":
                 continue
             drawn = Sampling(temperature=0.5, max_tokens=most, choices=labels, seed=0)
