@@ -89,9 +89,7 @@ def test_a_bundle_scores_in_another_precision_but_is_not_fitted(
     fitted.save(tmp_path / "bundle")
     low = Bundle.load(tmp_path / "bundle", here=settings(tmp_path, encoder_precision="bf16"))
     assert (low.precision, low.features.encoder.precision) == ("fp32", "bf16")
-    line = (
-        r"^setting 'encoder_precision': .* learned with fp32, not bf16: its heads belong"
-    )
+    line = r"^setting 'encoder_precision': .* learned with fp32, not bf16: its heads belong"
     with pytest.raises(SettingsError, match=line):
         fit(data, low)
     with pytest.raises(SettingsError, match=line):
