@@ -1,7 +1,5 @@
-"""Several candidates for one request: the caller's own call and samples, until a deadline.
-
-Samples of all requests wait for the endpoint's limiter (llm/limiter.py), as labelling does, and are
-sent again after a 429; the caller's own call does neither.
+"""Several candidates for one request: the caller's own call and samples, until a deadline. Samples
+of all requests share the endpoint's limiter (llm/limiter.py); the caller's own call never waits.
 """
 
 import asyncio
@@ -137,6 +135,8 @@ async def _in_turn(limiter: Limiter, upstream: Upstream, body: Body, ends: float
         async with limiter.request(again=again) as sent:
             try:
                 completion = await upstream.complete(body)
+                limiter.saw(sent, 200, {})
+                return completion
             except UpstreamError as error:
                 if not (again := _tell(limiter, sent, error)):
                     raise
@@ -144,9 +144,6 @@ async def _in_turn(limiter: Limiter, upstream: Upstream, body: Body, ends: float
                 if loop.time() >= ends:  # else the client has left
                     limiter.timed_out(sent)
                 raise
-            else:
-                limiter.saw(sent, 200, {})
-                return completion
 
 
 def _tell(limiter: Limiter, sent: Sent, error: UpstreamError) -> bool:
@@ -154,8 +151,7 @@ def _tell(limiter: Limiter, sent: Sent, error: UpstreamError) -> bool:
     if error.status == 504:
         limiter.timed_out(sent)
     again = limiter.saw(sent, error.status, error.headers or {})
-    told = error.body["error"]
-    return again and "insufficient_quota" not in (told.get("code"), told.get("type"))
+    return again and "insufficient_quota" not in map(error.body["error"].get, ("code", "type"))
 
 
 def without(body: Mapping[str, Any], *names: str) -> Body:

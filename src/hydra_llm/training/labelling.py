@@ -13,7 +13,7 @@ Knows no scorer but those inside the personalizer. A failed call is reported and
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any
 
 from hydra_llm.config import Settings
 from hydra_llm.context import Context
@@ -30,8 +30,6 @@ from hydra_llm.side_features import Featurizer
 from hydra_llm.tasks.base import Task
 from hydra_llm.training.dataset import LabelledGroup
 from hydra_llm.types import Candidate, Choice, Proposal, Query, Ranked, Record, Usage
-
-K = TypeVar("K")
 
 
 @dataclass
@@ -158,19 +156,18 @@ async def reranker_groups(
 
 
 async def _in_order_of_prompts(
-    personalizer: UserPipeline, asked: Mapping[K, tuple[Context, Ranked]], progress: Progress | None
-) -> dict[K, tuple[float, Usage, list[str]] | LLMError]:
-    """What each record is worth for its query. Prompts that begin alike, as with the same record,
-    are asked one after the other: engines keep what they have read.
-    """
-    settings = personalizer.settings
+    personalizer: UserPipeline,
+    asked: Mapping[Any, tuple[Context, Ranked]],
+    progress: Progress | None,
+) -> dict[Any, tuple[float, Usage, list[str]] | LLMError]:
+    """What each record is worth. Prompts that begin alike follow each other: engines keep those."""
     greedy = {"samples": 1, "greedy_first": True, "candidates": "sampled"}
-    once = replace(personalizer, settings=settings.model_copy(update=greedy))
+    once = replace(personalizer, settings=personalizer.settings.model_copy(update=greedy))
     prompts = {key: once.render(own.query, [item]) for key, (own, item) in asked.items()}
     order = sorted(prompts, key=lambda key: [part["content"] for part in prompts[key].messages])
     todo = [(asked[key][0].query, prompts[key]) for key in order]
-    limit = at_once(once.llm, settings.concurrency)
-    found = await map_calls(partial(_usefulness, once), todo, limit=limit, progress=progress)
+    ask, limit = partial(_usefulness, once), at_once(once.llm, once.settings.concurrency)
+    found = await map_calls(ask, todo, limit=limit, progress=progress)
     return dict(zip(order, found, strict=True))
 
 
