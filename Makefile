@@ -9,7 +9,7 @@ NEW_ENOUGH := { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 
 
 DATA ?= $(firstword $(wildcard data ../data ../shared/data))
 
-.PHONY: demo test test-fast test-ray check format docs docs-site install deploy image clients walk bench bench-replay audit clean help
+.PHONY: demo test test-fast test-ray check format docs docs-site install deploy image clients walk bench bench-scale bench-replay audit clean help
 
 help: ## Show these lines
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
@@ -91,6 +91,9 @@ walk: $(READY) ## The example from a CSV file to served answers, with a fake LLM
 
 bench: $(READY) ## Start-up times (more scripts, one question each, are in benchmarks/)
 	@$(BIN)/python benchmarks/startup.py
+
+bench-scale: $(READY) ## Cost by the number of users, at most 25 minutes a run, which goes on where the last one stopped (UP_TO=100000)
+	@$(BIN)/python benchmarks/scale.py --up-to $(or $(UP_TO),10000) --minutes $(or $(MINUTES),25)
 
 bench-replay: $(READY) ## Repeat every committed result from its recording, without an LLM: make bench-replay DATA=FOLDER
 	@test -d "$(DATA)" || { echo "name the folder in which the data sets lie: make bench-replay DATA=FOLDER" >&2; exit 2; }

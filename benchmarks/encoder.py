@@ -1,4 +1,4 @@
-"""The encoder in fp32, bfloat16 and int8: sequences a second, and what becomes of scores and picks.
+"""The encoder in fp32 and bfloat16: sequences a second, and what becomes of scores and picks.
 
     python benchmarks/encoder.py DATA --bundles FOLDER --replays FOLDER [--parts speed,scores,picks]
 
@@ -43,7 +43,7 @@ from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.select import all_labels
 from hydra_llm.types import Query
 
-PRECISIONS = ("fp32", "bf16", "int8")
+PRECISIONS = ("fp32", "bf16")
 LENGTHS = (64, 128, 256)
 LEAST = 0.98
 QUERIES = 5  # of a user, in `scores`

@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from heads_store import groups_of, resident, scorer_of
 from measure import Limit, finish, options, show, summary
+from scale_steps import groups_of, resident, scorer_of
 
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.user_cache import UserCache

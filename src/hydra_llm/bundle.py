@@ -126,8 +126,9 @@ class Bundle:
         """Raise SettingsError where heads would be fitted on features of another precision."""
         if (other := self.features.encoder.precision) != self.precision:
             learned = f"the bundle was learned with {self.precision}, not {other}"
+            why = "its heads belong to those vectors, and scores of others differ"
             fix = "leave it out, or learn another bundle"
-            raise SettingsError(f"setting 'encoder_precision': {learned}: {fix}")
+            raise SettingsError(f"setting 'encoder_precision': {learned}: {why}: {fix}")
 
     def pipeline(
         self, settings: Settings | None = None, *, rerank: bool = True, adapt: bool = True

@@ -180,7 +180,7 @@ class Research(Group):
     """Training users, by lot, from whom all that is shared is learned; others get heads alone."""
     max_length: int = Field(default=256, ge=8)
     """Max tokens per encoded text; longer texts are truncated."""
-    encoder_precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    encoder_precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Numbers that the encoder computes with; auto: as the bundle was learned, fp32 for a new one.
     `ask` and `bench run --bundle` may take another one; `fit` and `serve` may not.
     """

@@ -145,6 +145,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 class Scripted:
     """An upstream that a test can break; it notes what it was asked."""
 
+    limiter: Any = None
     rule: Callable[[Mapping[str, Any], int], str] = lambda body, index: TAGS.labels[
         (index + ("temperature" in body)) % 3
     ]

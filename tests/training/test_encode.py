@@ -87,9 +87,9 @@ def test_a_bundle_scores_in_another_precision_but_is_not_fitted(
     assert (plain.precision, plain.features.encoder.precision) == ("fp32", "fp32")
     fitted = fit(data, plain).bundle
     fitted.save(tmp_path / "bundle")
-    low = Bundle.load(tmp_path / "bundle", here=settings(tmp_path, encoder_precision="int8"))
-    assert (low.precision, low.features.encoder.precision) == ("fp32", "int8")
-    line = r"^setting 'encoder_precision': the bundle was learned with fp32, not int8: leave it out"
+    low = Bundle.load(tmp_path / "bundle", here=settings(tmp_path, encoder_precision="bf16"))
+    assert (low.precision, low.features.encoder.precision) == ("fp32", "bf16")
+    line = r"^setting 'encoder_precision': .* learned with fp32, not bf16: its heads belong"
     with pytest.raises(SettingsError, match=line):
         fit(data, low)
     with pytest.raises(SettingsError, match=line):
@@ -101,13 +101,13 @@ def test_a_bundle_scores_in_another_precision_but_is_not_fitted(
 
 
 @pytest.mark.slow
-def test_a_bundle_learned_in_int8_stays_in_int8(
+def test_a_bundle_learned_in_bf16_stays_in_bf16(
     data: DataSet, tmp_path: Path, shared_minilm: None
 ) -> None:
-    bundle = learned(data, tmp_path, [], encoder_precision="int8")
-    assert (bundle.precision, bundle.features.encoder.precision) == ("int8", "int8")
+    bundle = learned(data, tmp_path, [], encoder_precision="bf16")
+    assert (bundle.precision, bundle.features.encoder.precision) == ("bf16", "bf16")
     fit(data, bundle).bundle.save(tmp_path / "bundle")
-    assert Bundle.load(tmp_path / "bundle", here=settings(tmp_path)).precision == "int8"
+    assert Bundle.load(tmp_path / "bundle", here=settings(tmp_path)).precision == "bf16"
 
 
 def test_a_tuned_encoder_is_of_fp32(data: DataSet, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_tuned_encoder_is_of_fp32(data: DataSet, tmp_path: Path) -> None:
 
 
 def test_a_wrong_precision_is_one_line() -> None:
-    line = r"^setting 'encoder_precision': .*'fp32', 'bf16' or 'int8' \(got 'fp16'\)$"
+    line = r"^setting 'encoder_precision': .*'fp32' or 'bf16' \(got 'fp16'\)$"
     with pytest.raises(SettingsError, match=line):
         load_settings(encoder_precision="fp16")
 

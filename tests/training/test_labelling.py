@@ -246,6 +246,23 @@ def test_a_record_is_as_useful_as_the_answer_that_it_leads_to() -> None:
     ) == {f"rain {i}" for i in range(4)}
 
 
+def test_prompts_that_begin_alike_are_asked_one_after_the_other() -> None:
+    records = [Record("u", str(i), f"rain {i}", TAGS.labels[i % 3], position=i) for i in range(9)]
+    queries, llm = training_queries(TAGS, records, 4), RuleLLM(answers_by_the_prompt)
+    door = personalizer(TAGS, {"u": records}, llm, retrieved=4, concurrency=1, prompt_style="block")
+    joint = run_sync(lambda: reranker_groups(door, queries)).groups(maker(TAGS))
+    asked = [[message["content"] for message in messages] for messages in llm.calls]
+    assert len(asked) == 16
+    assert asked == sorted(asked)
+    single = [
+        group
+        for query in queries
+        for group in run_sync(lambda own=query: reranker_groups(door, [own])).groups(maker(TAGS))
+    ]
+    seen = [[(own.query, own.rights, own.gains) for own in groups] for groups in (joint, single)]
+    assert seen[0] == seen[1], "each query has its own answers, in its own order"
+
+
 def test_candidates_are_the_samples_or_every_label() -> None:
     records = [Record("u", str(i), "rain", "calm", position=i) for i in range(3)]
     for candidates, features, expected in (

@@ -38,6 +38,8 @@ def open_upstream(spec: str, bare: ChatLLM | None, *, timeout: float) -> Upstrea
 class EmbeddedUpstream:
     """A `ChatLLM` as the upstream. Calls queue where the engine runs one at a time."""
 
+    limiter = None
+
     def __init__(self, llm: ChatLLM, max_tokens: int = 512, *, alias: str = ""):
         """`alias`: another name of the model, such as the spec that it was opened by."""
         self._llm, self._max_tokens, self._alias = llm, max_tokens, alias

@@ -40,6 +40,7 @@ class MeteredUpstream:
 
     def __init__(self, inner: Upstream, ledger: Ledger, telemetry: Telemetry):
         self._inner, self._ledger, self._telemetry = inner, ledger, telemetry
+        self.limiter = inner.limiter
 
     async def complete(self, body: Body) -> Any:
         with self._call(body) as call:

@@ -1,4 +1,6 @@
-"""Several candidates for one request: the caller's own call and samples, until a deadline."""
+"""Several candidates for one request: the caller's own call and samples, until a deadline. Samples
+of all requests share the endpoint's limiter (llm/limiter.py); the caller's own call never waits.
+"""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +10,7 @@ from hydra_llm.gateway.spend import drawing
 from hydra_llm.gateway.telemetry import Telemetry
 from hydra_llm.gateway.upstream import Upstream, UpstreamError, learn_samples
 from hydra_llm.llm.endpoint import CapabilityCache
+from hydra_llm.llm.limiter import Limiter, Sent
 
 Body = dict[str, Any]
 
@@ -95,13 +98,20 @@ class CandidateSampler:
         """Completions or `UpstreamError`s in the bodies' order, as of the deadline."""
         late = UpstreamError(504, "the upstream did not answer before the deadline")
         results: list[Any] = [late] * len(bodies)
+        limiter, ends = upstream.limiter, asyncio.get_running_loop().time() + self._deadline
 
         async def complete(place: int, body: Body) -> None:
-            drawing.set("request" if own and place == 0 else "samples")  # of this task alone
+            is_own, sent = bool(own and place == 0), limiter and limiter.beside()
+            drawing.set("request" if is_own else "samples")  # of this task alone
             try:
-                results[place] = await upstream.complete(body)
+                if limiter is None or is_own:
+                    results[place] = await upstream.complete(body)
+                else:
+                    results[place] = await _in_turn(limiter, upstream, body, ends)
             except UpstreamError as error:
                 results[place] = error
+                if limiter and sent and is_own:
+                    _tell(limiter, sent, error)
             except Exception as error:  # the task is not awaited: asyncio would log its message
                 message = f"the upstream's answer cannot be read ({type(error).__name__})"
                 results[place] = UpstreamError(502, message)
@@ -119,6 +129,36 @@ class CandidateSampler:
             for task in tasks:
                 task.cancel()
         return results
+
+
+async def _in_turn(limiter: Limiter, upstream: Upstream, body: Body, ends: float) -> Any:
+    """A completion as the limiter lets it be asked for, again after a 429 that will pass. Where the
+    endpoint asks for a wait beyond the deadline `ends`, an `UpstreamError` comes at once.
+    """
+    loop, again = asyncio.get_running_loop(), False
+    while True:
+        if loop.time() + limiter.wait() >= ends:
+            raise UpstreamError(429, "the upstream asks to wait beyond the deadline")
+        async with limiter.request(again=again) as sent:
+            try:
+                completion = await upstream.complete(body)
+                limiter.saw(sent, 200, {})
+                return completion
+            except UpstreamError as error:
+                if not (again := _tell(limiter, sent, error)):
+                    raise
+            except asyncio.CancelledError:
+                if loop.time() >= ends:  # else the client has left
+                    limiter.timed_out(sent)
+                raise
+
+
+def _tell(limiter: Limiter, sent: Sent, error: UpstreamError) -> bool:
+    """Tell the limiter of an error; whether the request may be sent again."""
+    if error.status == 504:
+        limiter.timed_out(sent)
+    again = limiter.saw(sent, error.status, error.headers or {})
+    return again and "insufficient_quota" not in map(error.body["error"].get, ("code", "type"))
 
 
 def without(body: Mapping[str, Any], *names: str) -> Body:

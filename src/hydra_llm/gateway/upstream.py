@@ -24,6 +24,7 @@ from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.gateway.telemetry import note, note_usage
 from hydra_llm.gateway.tracing import outgoing
 from hydra_llm.llm.endpoint import CapabilityCache, Endpoint, Refusal
+from hydra_llm.llm.limiter import Limiter, limiter_of
 from hydra_llm.llm.sse import Event, EventReader
 from hydra_llm.llm.wire import WireError, error_in, failure, json_of, tokens_of
 
@@ -106,6 +107,9 @@ class Head:
 class Upstream(Protocol):
     """What the gateway asks; every method raises `UpstreamError` where the upstream fails."""
 
+    @property
+    def limiter(self) -> Limiter | None: ...  # of samples; None: the upstream has turns of its own
+
     async def complete(self, body: Body) -> Any: ...  # a completion, as plain JSON
 
     def stream(self, body: Body) -> AsyncIterator[bytes]: ...  # events, as they come
@@ -150,6 +154,7 @@ class HttpUpstream:
 
     def __init__(self, endpoint: Endpoint, *, timeout: float, transport: Transport | None = None):
         self.endpoint = endpoint
+        self.limiter = limiter_of(endpoint)  # labelling in this process has the same one
         key = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
         url = endpoint.url.rstrip("/") + "/"
         options: dict[str, Any] = {"base_url": url, "headers": key, "limits": LIMITS}

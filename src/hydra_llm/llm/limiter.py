@@ -194,12 +194,20 @@ class Limiter:
     def limit(self) -> int:
         return self.pace.limit
 
+    def wait(self) -> float:
+        """Seconds until a request may be sent, as far as the endpoint has said."""
+        return max(0.0, self.pace.until - clock())
+
+    def beside(self) -> Sent:
+        """A request that takes no place, such as a caller's own: `saw` learns from its errors."""
+        return Sent(clock(), self.pace._round, self.pace.limit)
+
     @asynccontextmanager
     async def request(self, *, again: bool = False) -> AsyncIterator[Sent]:
         """A place for a request, once it may be sent; `again`: before those that wait."""
         await self.gate.enter(first=again)
         try:
-            while (wait := self.pace.until - clock()) > 0:  # noqa: ASYNC110  # it may grow
+            while (wait := self.wait()) > 0:  # noqa: ASYNC110  # it may grow
                 await anyio.sleep(wait)
             with self._lock:
                 sent = self.pace.sent(clock(), self.gate.inside)

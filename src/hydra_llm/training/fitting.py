@@ -11,10 +11,16 @@ from hydra_llm.llm.concurrency import StageProgress
 from hydra_llm.llm.none import NoLLM
 from hydra_llm.pipeline import UserPipeline
 from hydra_llm.rerank import record_text
+from hydra_llm.side_features import Featurizer
 from hydra_llm.training.convex import UserHeads
 from hydra_llm.training.dataset import LabelledGroup
 from hydra_llm.training.encode import encode_histories
-from hydra_llm.training.labelling import offers_all, weak_groups
+from hydra_llm.training.labelling import (
+    choice_groups,
+    offers_all,
+    weak_adapter_groups,
+    weak_reranker_groups,
+)
 from hydra_llm.training.train_scorer import head_data, silent, solve_heads
 from hydra_llm.types import Record
 
@@ -112,3 +118,21 @@ def asks_llm(bundle: Bundle, name: str) -> bool:
         return of_llm
     by_words = bundle.word_model is not None and bundle.settings.fit_labels == "history"
     return not offers_all(bundle.task, bundle.settings) and (of_llm or not by_words)
+
+
+def weak_groups(
+    name: str, plain: UserPipeline, featurizer: Featurizer, users: Sequence[str], since: int = 0
+) -> list[LabelledGroup]:
+    """The groups that histories give without an LLM: not for a reranker that learns as published;
+    for an adapter that does not learn from every label, recorded choices alone. `since`: without
+    those of so many records of each user, the oldest.
+    """
+    if name == RERANKER and plain.settings.reranker_labels == "llm":
+        return []
+    if name == RERANKER:
+        made = (weak_reranker_groups(plain, featurizer, user, since) for user in users)
+    else:
+        every = offers_all(plain.task, plain.settings)
+        of_records = weak_adapter_groups if every else choice_groups
+        made = (of_records(featurizer, plain.records[user], since) for user in users)
+    return list(chain.from_iterable(made))

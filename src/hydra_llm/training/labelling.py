@@ -13,7 +13,8 @@ Knows no scorer but those inside the personalizer. A failed call is reported and
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
+from typing import Any
 
 from hydra_llm.config import Settings
 from hydra_llm.context import Context
@@ -23,6 +24,7 @@ from hydra_llm.history import as_query, before, in_order, precedes, with_pasts
 from hydra_llm.llm.concurrency import Progress
 from hydra_llm.pipeline import Records, UserPipeline
 from hydra_llm.plugins import HEADS
+from hydra_llm.prompt import Prompt
 from hydra_llm.rerank import record_text
 from hydra_llm.select import all_labels, candidate_text, offered_candidates
 from hydra_llm.side_features import Featurizer
@@ -133,12 +135,7 @@ async def reranker_groups(
     asked_as = [(own.query, item.record.output if alike else item.record) for own, item in cases]
     first = dict(zip(reversed(asked_as), reversed(cases), strict=True))  # the last one stays
     asked = {key: first[key] for key in dict.fromkeys(asked_as)}
-    greedy = {"samples": 1, "greedy_first": True, "candidates": "sampled"}
-    once = replace(personalizer, settings=settings.model_copy(update=greedy))
-
-    distinct = [(context.query, item) for context, item in asked.values()]
-    found = await open_engine(settings.engine).ask(_usefulness, once, distinct, progress)
-    results = dict(zip(asked, found, strict=True))
+    results = await _in_order_of_prompts(personalizer, asked, progress)
     useful: dict[Query, list[tuple[Ranked, float]]] = {}
     for (context, item), key in zip(cases, asked_as, strict=True):
         if not isinstance(result := results[key], LLMError):
@@ -149,10 +146,10 @@ async def reranker_groups(
         group = partial(_reranker_group, personalizer, featurizer, voted=True)
         return [group(_seen(featurizer, own), useful[own.query]) for own in judged]
 
-    out = Collected(groups, calls=len(distinct))
-    for (query, item), result in zip(distinct, found, strict=True):
-        if isinstance(result, LLMError):
-            out.failures.append(f"query {query.id}, record {item.record.id}: {result}")
+    out = Collected(groups, calls=len(asked))
+    for key, (context, item) in asked.items():
+        if isinstance(result := results[key], LLMError):
+            out.failures.append(f"query {context.query.id}, record {item.record.id}: {result}")
             out.usage += Usage(failed=1)
         else:
             out.usage += result[1]
@@ -160,33 +157,29 @@ async def reranker_groups(
     return out
 
 
+async def _in_order_of_prompts(
+    personalizer: UserPipeline,
+    asked: Mapping[Any, tuple[Context, Ranked]],
+    progress: Progress | None,
+) -> dict[Any, tuple[float, Usage, list[str]] | LLMError]:
+    """What each record is worth. Prompts that begin alike follow each other: engines keep those."""
+    greedy = {"samples": 1, "greedy_first": True, "candidates": "sampled"}
+    once = replace(personalizer, settings=personalizer.settings.model_copy(update=greedy))
+    prompts = {key: once.render(own.query, [item]) for key, (own, item) in asked.items()}
+    order = sorted(prompts, key=lambda key: [part["content"] for part in prompts[key].messages])
+    todo = [(asked[key][0].query, prompts[key]) for key in order]
+    found = await open_engine(once.settings.engine).ask(_usefulness, once, todo, progress)
+    return dict(zip(order, found, strict=True))
+
+
 async def _usefulness(
-    once: UserPipeline, case: tuple[Query, Ranked]
+    once: UserPipeline, case: tuple[Query, Prompt]
 ) -> tuple[float, Usage, list[str]]:
-    """The gain of the LLM's answer with this record alone, what it cost, and notes."""
-    query, item = case
-    prompt = once.render(query, [item])
+    """The gain of the LLM's answer to a prompt, what it cost, and notes."""
+    query, prompt = case
     sampled = await once.sample(once.llm, prompt)
     gain = once.task.gain(sampled.candidates[0].answer, query.gold or "")
     return gain, sampled.usage, [*prompt.notes, *sampled.notes]
-
-
-def weak_groups(
-    name: str, plain: UserPipeline, featurizer: Featurizer, users: Sequence[str], since: int = 0
-) -> list[LabelledGroup]:
-    """The groups that histories give without an LLM: not for a reranker that learns as published;
-    for an adapter that does not learn from every label, recorded choices alone. `since`: without
-    those of so many records of each user, the oldest.
-    """
-    if name == "reranker" and plain.settings.reranker_labels == "llm":
-        return []
-    if name == "reranker":
-        made = (weak_reranker_groups(plain, featurizer, user, since) for user in users)
-    else:
-        every = offers_all(plain.task, plain.settings)
-        of_records = weak_adapter_groups if every else choice_groups
-        made = (of_records(featurizer, plain.records[user], since) for user in users)
-    return list(chain.from_iterable(made))
 
 
 def weak_reranker_groups(

@@ -33,6 +33,7 @@ from hydra_llm.training.fitting import (
     encode_ranked,
     fit_block,
     plain_pipeline,
+    weak_groups,
 )
 from hydra_llm.training.gate import fit_gate
 from hydra_llm.training.labelling import (
@@ -46,7 +47,6 @@ from hydra_llm.training.labelling import (
     reranker_groups,
     training_queries,
     unasked_groups,
-    weak_groups,
 )
 from hydra_llm.training.learned import Learned
 from hydra_llm.training.refit import Groups, KeptFit, continued, refit
