@@ -24,7 +24,6 @@ from hydra_llm.history import as_query, before, in_order, precedes, with_pasts
 from hydra_llm.llm.concurrency import Progress
 from hydra_llm.pipeline import Records, UserPipeline
 from hydra_llm.plugins import HEADS
-from hydra_llm.prompt import Prompt
 from hydra_llm.rerank import record_text
 from hydra_llm.select import all_labels, candidate_text, offered_candidates
 from hydra_llm.side_features import Featurizer
@@ -165,18 +164,23 @@ async def _in_order_of_prompts(
     """What each record is worth. Prompts that begin alike follow each other: engines keep those."""
     greedy = {"samples": 1, "greedy_first": True, "candidates": "sampled"}
     once = replace(personalizer, settings=personalizer.settings.model_copy(update=greedy))
-    prompts = {key: once.render(own.query, [item]) for key, (own, item) in asked.items()}
-    order = sorted(prompts, key=lambda key: [part["content"] for part in prompts[key].messages])
-    todo = [(asked[key][0].query, prompts[key]) for key in order]
+
+    def beginning(key: Any) -> list[str]:
+        context, item = asked[key]
+        return [part["content"] for part in once.render(context.query, [item]).messages]
+
+    order = sorted(asked, key=beginning)
+    todo = [(asked[key][0].query, asked[key][1]) for key in order]
     found = await open_engine(once.settings.engine).ask(_usefulness, once, todo, progress)
     return dict(zip(order, found, strict=True))
 
 
 async def _usefulness(
-    once: UserPipeline, case: tuple[Query, Prompt]
+    once: UserPipeline, case: tuple[Query, Ranked]
 ) -> tuple[float, Usage, list[str]]:
-    """The gain of the LLM's answer to a prompt, what it cost, and notes."""
-    query, prompt = case
+    """The gain of the LLM's answer with this record alone, what it cost, and notes."""
+    query, item = case
+    prompt = once.render(query, [item])
     sampled = await once.sample(once.llm, prompt)
     gain = once.task.gain(sampled.candidates[0].answer, query.gold or "")
     return gain, sampled.usage, [*prompt.notes, *sampled.notes]
