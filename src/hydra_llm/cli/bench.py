@@ -31,6 +31,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 DATA_HELP = "A native folder, LaMP's files, or lamp-1, -2n, -2m, -3, -4, -5, -7 (downloaded)."
 Data = Annotated[str, Argument(help=DATA_HELP)]
+BY = "Also gain and harm by groups of users: history, activity, or a column of users.jsonl."
 Users = Annotated[int | None, Option(min=1, help="Max number of new users.")]
 Format = Literal["inspect", "lamp"]
 Price = Annotated[float, Option(min=0, help="Price per million tokens.")]
@@ -197,13 +198,15 @@ def show(
     files: ReportFiles,
     against: Annotated[str | None, Option(help="Baseline; default: the best prompt.")] = None,
     costs: Annotated[bool, Option("--costs", help="Also print costs.")] = False,
+    by: Annotated[str | None, Option(metavar="FIELD", help=BY)] = None,
+    data: Annotated[Path | None, Option(help="The data set of the runs, for --by.")] = None,
     price_prompt: Price = 0.0,
     price_completion: Price = 0.0,
     wide: opt.Wide = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Print runs: metrics with intervals, paired differences from a baseline, and findings."""
-    from hydra_llm.bench.report import findings, sweeps, tables
+    from hydra_llm.bench.report import findings, groups, sweeps, tables
     from hydra_llm.bench.report.cells import share_json
     from hydra_llm.bench.report.summary import cost_rows, family_line, learning_rows, summary_line
 
@@ -213,8 +216,11 @@ def show(
     reports = [tables.make_report(run, against, prices) for run in opened]
     over_tasks = tables.overall(reports)
     files.write(reports, results)
+    of_groups = groups.of_reports(reports, by, data)
     if as_json:
         rows = [tables.to_json(report) | findings.to_json(report) for report in reports]
+        for row, found in zip(rows, of_groups, strict=True):
+            row |= {"by": [own.to_json() for own in found]} if by else {}
         shares = {
             method: {what: share_json(share) for what, share in of_method.items()}
             for method, of_method in over_tasks.items()
@@ -222,7 +228,7 @@ def show(
         console.emit({"runs": rows, "over_tasks": shares, "sweeps": results}, True)
         return
     show_table = partial(print_table, wide=wide)
-    for report in reports:
+    for report, found in zip(reports, of_groups, strict=True):
         measured = report.run
         title = f"{measured.folder}: {measured.task.name}"
         if report.too_few:
@@ -245,6 +251,10 @@ def show(
             if sentence == report.too_few:  # said above
                 continue
             print_text(f"- {sentence}", indent="  ", wide=wide)
+        for own in found:
+            title = f"{own.method} minus {own.baseline} by {own.field}, the worst group first"
+            show_table(groups.group_rows(own), title)
+            print_text(groups.gap_line(own), wide=wide)
     if over_tasks:
         show_table(tables.overall_rows(over_tasks), tables.OVERALL)
     for result in results:

@@ -102,6 +102,21 @@ def _read_users(file: Path, report: Report) -> dict[str, Split]:
     return splits
 
 
+def user_columns(folder: Path) -> dict[str, dict[str, str | float]]:
+    """User → what users.jsonl tells beside the split, texts and numbers; empty without the file."""
+    columns: dict[str, dict[str, str | float]] = {}
+    if (file := folder / "users.jsonl").is_file():
+        for place, line in read_lines(file, stop):
+            if line.strip():
+                entry = parse_object(line, place)
+                known = {name: own for name, own in entry.items() if name not in ("user", "split")}
+                kept = {
+                    name: own for name, own in known.items() if isinstance(own, str | float | int)
+                }
+                columns[_text(entry, "user", place)] = kept
+    return columns
+
+
 def _find(folder: Path, part: str, *, optional: bool = False) -> Path | None:
     plain, zipped = folder / f"{part}.jsonl", folder / f"{part}.jsonl.gz"
     if plain.is_file() and zipped.is_file():
