@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "install.json"
 TEXT = README.read_text(encoding="utf-8")
 NEEDS = {"learn": "learn", "fit": "learn", "ask": "learn", "demo": "demo", "bench": "bench"}
+NEEDS |= {"store": "server", "users": "server"}
 """Command of README → the extra that it needs."""
 NOT_RUN = ("data get", "bench sweep", "serve")  # the network, a long time, a server
 LONG = {"demo": ["--users", "2"]}  # what makes a long command shorter
@@ -99,6 +100,7 @@ def try_commands(venv: Venv) -> None:
     make_data(venv)
     for line in commands(TEXT):
         if NEEDS.get(line[0], venv.extra) in venv.has and not " ".join(line).startswith(NOT_RUN):
+            line = line if "learn" in venv.has else without_bundle(line)
             venv.run("hydra-llm", *offline(line), *LONG.get(line[0], []))
     if "learn" in venv.has:
         for code in blocks("python", TEXT):
@@ -109,6 +111,14 @@ def try_commands(venv: Venv) -> None:
         venv.run("hydra-llm", "bench", "show", "table", "--html", "table.html")
     if "server" in venv.has:
         try_gateway(venv)
+
+
+def without_bundle(line: list[str]) -> list[str]:
+    """The line as one writes it who has learned none."""
+    if "--bundle" not in line:
+        return line
+    place = line.index("--bundle")
+    return line[:place] + line[place + 2 :]
 
 
 def make_data(venv: Venv) -> None:

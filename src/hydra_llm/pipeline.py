@@ -244,9 +244,8 @@ class Pipeline:
         self, llm: ChatLLM, prompt: Prompt, counts: Sequence[tuple[int, float]]
     ) -> list[Result]:
         """A call for each number and temperature, at the same time; a failed one is its error."""
-        settings = self.settings
-        draws = llm.identity.get("kind") == "fake" and llm.identity.get("constrains")  # reads none
-        held = settings.constrain or self._reads_probabilities or draws
+        settings, needed = self.settings, llm.identity.get("needs_choices", False)
+        held = needed or settings.constrain or self._reads_probabilities
         choices = self.task.labels if held else ()
         shared = Sampling(max_tokens=settings.max_tokens, seed=settings.seed, choices=choices)
         if self._reads_probabilities:

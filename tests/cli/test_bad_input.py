@@ -276,7 +276,7 @@ def test_users_without_records_get_the_shared_head(hydra: Hydra, tmp_path: Path)
     fitted = hydra("fit", data, *ECHO, "--bundle", bundle, "--user", "none", "--user", "new")
     assert fitted.lines == ["1 of 2 users have no records: they get the shared head (none)"]
     result = hydra(
-        "bench", "run", data, *LABELS, "--bundle", bundle, "--out", tmp_path / "run", "--json"
+        "bench", "run", data, *ECHO, "--bundle", bundle, "--out", tmp_path / "run", "--json"
     )
     assert result.lines[0].startswith(
         "1 of 3 new users have no head and are left out: run `hydra-llm fit"

@@ -80,8 +80,9 @@ def fitted(bundle: Bundle, records: Sequence[Record], **more: Any) -> Any:
 
 
 def to_convergence(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = partial(newton.newton_cg, tolerance=1e-7, products=200)
-    monkeypatch.setattr(additive, "newton_cg", exact)
+    monkeypatch.setattr(additive, "newton_cg", partial(newton.newton_cg, products=200))
+    for name in ("TOLERANCE", "CONTINUED"):
+        monkeypatch.setattr(additive, name, 1e-7)
 
 
 def same_heads(one: Bundle, other: Bundle) -> None:
@@ -142,7 +143,10 @@ def test_only_the_new_record_is_labelled_and_encoded(
 
 
 @pytest.mark.parametrize("how", ["replaced", "removed", "amid"])
-def test_another_history_is_fitted_from_scratch(learned: Bundle, how: str) -> None:
+def test_another_history_is_fitted_from_scratch(
+    learned: Bundle, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to_convergence(monkeypatch)
     records = history(learned.task, "ada", COUNT + 1)
     first = [*records[:4], *records[5:]] if how == "amid" else records[:COUNT]
     before, _ = fitted(learned, first, kept={})

@@ -28,15 +28,24 @@ class RuleLLM:
     """A fake that answers by `rule`, or by `choose` where choices are given."""
 
     def __init__(
-        self, rule: Rule, *, name: str = "rule", choose: Choose | None = None, keep: bool = True
+        self,
+        rule: Rule,
+        *,
+        name: str = "rule",
+        choose: Choose | None = None,
+        keep: bool = True,
+        needs_choices: bool = False,
     ):
+        """`needs_choices`: it is told the task's labels always, as it finds none in a prompt."""
         self._rule, self._choose, self.name, self._keep = rule, choose, name, keep
+        self._needs = {"needs_choices": True} if needs_choices else {}
         self.calls: list[tuple[Message, ...]] = []  # the messages of each call, unless not `keep`
 
     @property
     def identity(self) -> Mapping[str, Any]:
         constrains = self._choose is not None
-        return {"kind": "fake", "model": f"fake:{self.name}", "constrains": constrains}
+        about = {"kind": "fake", "model": f"fake:{self.name}", "constrains": constrains}
+        return about | self._needs
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         """Return n texts by the rule, cut at `stop` and at `max_tokens` words."""
@@ -95,7 +104,7 @@ def label_rule() -> RuleLLM:
         return " ".join(user[-1].split(maxsplit=8)[:8]) if user else ""
 
     choose: Choose = lambda _, index, rng, labels: rng.choice(labels)  # noqa: E731
-    return RuleLLM(words, name="rule=labels", choose=choose, keep=False)
+    return RuleLLM(words, name="rule=labels", choose=choose, keep=False, needs_choices=True)
 
 
 def scripted(path: Path) -> RuleLLM:

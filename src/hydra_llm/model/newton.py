@@ -23,6 +23,7 @@ Loss = Literal["listwise", "binary"]
 Apply = Callable[[Tensor], Tensor]
 Precision = float | Tensor | Apply  # of the prior: of each coordinate [V], or as a linear map
 TOLERANCE = 1e-4  # of the gradient's largest entry, relative to that at v = 0 (or to 1 if larger)
+CONTINUED = 1e-5  # of a fit that goes on: else what each one leaves would add up
 MEMORY = 8  # steps whose change of gradient `lbfgs` keeps
 HALVINGS = 12  # of a step, at most, until the objective falls (Armijo)
 

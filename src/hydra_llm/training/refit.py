@@ -122,7 +122,9 @@ def solve(
         positions.append(new.labelled.positions)
     if not kept + count:
         return Head.of(scorer.head.empty()), None
-    start = None if before is None else torch.from_numpy(before.numbers)[None]
+    start = torch.zeros(1, scorer.head.numbers_per_user or 0)
+    if before is not None:
+        start = torch.from_numpy(before.numbers)[None]
     problem, every = _joined(problems), torch.cat(positions)
     sgd = sgd_config(bundle.settings)
     (numbers,) = scorer.head.fit(replace(problem, start=start, sgd=sgd))

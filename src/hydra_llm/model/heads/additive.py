@@ -24,7 +24,16 @@ from hydra_llm.model.head import Head
 from hydra_llm.model.heads.base import HeadProblem, VectorShared
 from hydra_llm.model.interactions import Interaction
 from hydra_llm.model.laplace import LaplacePosterior, mean_fisher
-from hydra_llm.model.newton import Apply, Problem, hessian_inverse, lbfgs, newton_cg, with_bias
+from hydra_llm.model.newton import (
+    CONTINUED,
+    TOLERANCE,
+    Apply,
+    Problem,
+    hessian_inverse,
+    lbfgs,
+    newton_cg,
+    with_bias,
+)
 
 
 class AdditiveHead(VectorShared):
@@ -88,7 +97,9 @@ class AdditiveHead(VectorShared):
         if self.own_bias:
             convex = with_bias(convex)
         start = None if problem.start is None else problem.start[:, : convex.size]
-        values = newton_cg(convex, self.precisions(problem.precision), start=start)
+        tolerance = TOLERANCE if start is None else CONTINUED
+        precisions = self.precisions(problem.precision)
+        values = newton_cg(convex, precisions, start=start, tolerance=tolerance)
         return list(pad(values, (0, self.numbers_per_user - convex.size)).numpy())
 
     def _convex(self, problem: HeadProblem, scores: Tensor, dot: Apply, outer: Apply) -> Problem:
