@@ -91,7 +91,14 @@ def answered(id: str, user: str, ago: float = 60.0, question: str = "") -> Reque
         candidate("odd", -0.1, 0.1),
     ]
     content = {"candidates": candidates, "repeats": [], "visible": 20, "records": ["r0", "r3"]}
-    content |= {"abstained": False, "unscored": None}
+    parts = {
+        "head": 0.61,
+        "share_0.15": 0.3,
+        "llm_votes": -0.25,
+        "share_0.5": 0.12,
+        "shared": -0.03,
+    }
+    content |= {"abstained": False, "unscored": None, "why": {"parts": parts}}
     return Request(id, user, NOW - ago, "", question or "the storm at the harbour", content)
 
 

@@ -7,6 +7,7 @@ also writes the screenshots of docs/dashboard.md.
 """
 
 import os
+import re
 import shutil
 import socket
 import threading
@@ -233,7 +234,9 @@ def test_a_user_does_everything(site: Site, chromium: Any, tmp_path: Path) -> No
 
         tab.get_by_role("link", name="Answers", exact=True).click()
         tab.get_by_role("link", name="Why this one").first.click()
-        assert "Of 3 candidates this one fits the user best" in tab.locator("main").inner_text()
+        page = tab.locator("main").inner_text()
+        assert "Of 3 candidates this one fits the user best" in page
+        assert re.search(r"share of this label in records like the question\s+\+0\.42", page)
         picture(tab, tmp_path, "answer")
         tab.get_by_label("odd").check()
         tab.get_by_role("button", name="Take this candidate").click()
