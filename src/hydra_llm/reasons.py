@@ -29,14 +29,14 @@ IN_WORDS = {
     "llm_greedy": "the LLM's first answer",
     "llm_near": "closeness to the mean of the LLM's votes",
     "llm_agreement": "agreement with the LLM's other answers",
-    "own_*": "likeness to the user's own answers",
-    "length*": "length beside the user's usual one",
-    "cosine": "likeness to the question",
-    "expected_rouge": "words that the user is expected to use",
+    "own_*": "similarity to the user's own answers",
+    "length*": "length, against the user's usual length",
+    "cosine": "similarity to the question",
+    "expected_rouge": "words that this user is expected to use",
     "choice_*": "form of the candidate",
     "habit_*": "form of the candidates that the user takes",
-    "rejected_*": "likeness to candidates that the user left",
-    "taste": "likeness to candidates that the user took, less those left",
+    "rejected_*": "similarity to candidates that the user left",
+    "taste": "similarity to candidates that the user took, less those left",
 }
 """Part of a score, or pattern of its name → what it tells. Parts of one meaning are added up."""
 
@@ -145,8 +145,8 @@ class _Removals:
 
     def _without(self, records: Sequence[Record]) -> Selection:
         """The selection if these records were not there."""
-        gone = set(map(id, records))
-        kept = tuple(record for record in self.context.visible if id(record) not in gone)
+        gone = {record.id for record in records}
+        kept = tuple(record for record in self.context.visible if record.id not in gone)
         return self.selector.choose(replace(self.context, visible=kept), self.candidates)
 
     def _lead(self, selection: Selection) -> float:
