@@ -5,13 +5,11 @@ needs no LLM and is repeated to the digit.
 import json
 import math
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hydra_llm.bench import experiment
 from hydra_llm.bench.choices import Shuffled, by_earlier, earlier, figures
 from hydra_llm.bench.method import find_methods
 from hydra_llm.bench.report.findings import findings
@@ -27,9 +25,7 @@ from hydra_llm.errors import SettingsError
 from hydra_llm.history import as_query
 from hydra_llm.model.head import Head
 from hydra_llm.tasks.base import CHOICE_METRICS, Task
-from hydra_llm.training.api import learn
 from hydra_llm.types import Answer, Candidate, Choice, Proposal, Query
-from tests.learning import ONE_STRENGTH
 from tests.made_choices import TASK, choices_of, write_choices
 
 replay = pytest.importorskip("replay", reason="the source package carries no benchmarks")
@@ -217,7 +213,6 @@ def test_a_log_is_imported_and_run_by_folds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every user is new once; the word model reads choices as it reads records."""
-    monkeypatch.setattr(experiment, "learn", partial(learn, strengths=ONE_STRENGTH))
     write_log(tmp_path / "log.jsonl", users=9, each=12)
     data, out = tmp_path / "data", tmp_path / "run"
     place = ["--out", str(data), "--choices", "--prompt", "Go on: {input}"]
@@ -252,7 +247,6 @@ def test_choices_among_labels_run_by_folds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A pick is one of the labels that were offered; training users' choices need no LLM."""
-    monkeypatch.setattr(experiment, "learn", partial(learn, strengths=ONE_STRENGTH))
     labels = ("calm", "loud", "odd")
     task = Task("tags", "classification", "Which? {input}", labels, tuple(CHOICE_METRICS))
     records, queries = list[Choice](), list[Query]()

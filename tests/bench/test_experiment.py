@@ -618,6 +618,9 @@ spec = importlib.util.spec_from_file_location("test_experiment", {this!r})
 here = importlib.util.module_from_spec(spec)
 sys.modules["test_experiment"] = here
 spec.loader.exec_module(here)
+from hydra_llm.bench import experiment
+from tests.learning import quick_learn
+experiment.learn = quick_learn
 here.die_before({before!r})
 here.noted_run(Path({folder!r}), {fatal})
 """

@@ -6,13 +6,11 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hydra_llm.bench import experiment as of_experiment
 from hydra_llm.bench.estimate import estimate_cost
 from hydra_llm.bench.experiment import Experiment, Outcome, learned_bundles, run_experiment
 from hydra_llm.bench.folds import deal, evaluated_users
@@ -29,18 +27,11 @@ from hydra_llm.history import before
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.llm.registry import wrap
 from hydra_llm.tasks.base import Task
-from hydra_llm.training.api import learn
 from hydra_llm.types import Query, Record
 from tests.bench.test_experiment import SMALL, TAGS, TITLES, random_answer, users_data
-from tests.learning import ONE_STRENGTH
 from tests.made_choices import choice_data
 
 FEW: dict[str, Any] = {**SMALL, "queries_per_user": 3}
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(of_experiment, "learn", partial(learn, strengths=ONE_STRENGTH))
 
 
 def data_of(task: Task, queries: int = 2) -> DataSet:

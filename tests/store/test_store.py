@@ -2,14 +2,14 @@
 deleted is nowhere.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -40,6 +40,7 @@ from hydra_llm.store.values import (
     StoredResponse,
 )
 from hydra_llm.types import UNREADABLE, Query, Record
+from tests.store.writer import write
 from tests.waiting import until
 
 
@@ -724,35 +725,27 @@ def test_a_missing_database_is_one_line_without_the_password(tmp_path: Path) -> 
 
 # ---- kill -9
 
-WRITER = """
-import itertools, sys
-from hydra_llm.store.store import Store
-from hydra_llm.types import ALWAYS, Record
-store = Store(sys.argv[1])
-start = int(sys.argv[2])
-for i in itertools.count(start):
-    own = [Record("ada", f"r{i}", f"question {i}", "yes")]
-    own.append(Record("ada", f"s{i}", f"other {i}", "no"))
-    store.add_records("ada", own)
-    print(i, flush=True)
-"""
+# Writers fork from a server that has imported the store: an import for each would take a second.
+WRITERS = multiprocessing.get_context("forkserver")
+WRITERS.set_forkserver_preload(["tests.store.writer"])
 
 
 @pytest.mark.slow
 def test_acknowledged_writes_survive_fifty_kills(url: str) -> None:
     acknowledged = 0
     for _ in range(50):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, url, str(acknowledged)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert writer.stdout is not None
-        lines = [writer.stdout.readline() for _ in range(3)]
-        writer.send_signal(signal.SIGKILL)
-        lines += writer.stdout.read().splitlines()
-        writer.wait()
-        acknowledged = max(int(line) for line in lines if line.strip()) + 1
+        told, telling = WRITERS.Pipe(duplex=False)
+        writer = WRITERS.Process(target=write, args=(url, acknowledged, telling))
+        writer.start()
+        telling.close()  # so that the end of the writer is the end of the pipe
+        for _ in range(3):
+            acknowledged = told.recv() + 1
+        writer.kill()
+        with contextlib.suppress(EOFError):
+            while True:
+                acknowledged = told.recv() + 1
+        writer.join()
+        assert writer.exitcode == -signal.SIGKILL
         store = Store(url)
         ids = [record.id for record in store.records("ada")[1]]
         assert store.check() == []
