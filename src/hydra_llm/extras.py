@@ -26,6 +26,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "embedded": ("xllamacpp",),
     "openvino": ("openvino_genai",),
     "ray": ("ray",),
+    "accelerate": ("accelerate",),
     "learn": ("torch", "transformers", "safetensors", "sklearn", "huggingface_hub"),
     "bench": ("scipy", "rouge_score", "sacrebleu"),
     "report": ("altair", "jinja2", "markupsafe", "vl_convert"),

@@ -15,9 +15,11 @@ from hydra_llm.errors import SettingsError
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.none import NONE
 from hydra_llm.llm.registry import bare_llm, check_spec, open_llm, wrap
+from hydra_llm.training import ranks
 from hydra_llm.types import Answer, Candidate, Overlaid, as_one_text
 
 if TYPE_CHECKING:
+    from hydra_llm.config import Settings
     from hydra_llm.reasons import Reasons
     from hydra_llm.training.learned import Learned
 
@@ -40,37 +42,56 @@ def learn(
 ) -> None:
     """Learn a bundle from the training users of a data set, or from all users of a store; `--limit`
     takes the first. A stopped command continues where it was. Recorded choices need no `--llm`.
+    `accelerate launch --multi_gpu --num_processes N -m hydra_llm learn ...` shares gradient steps.
     """
+    if ranks.follows():
+        return
     check_spec(llm)
     from hydra_llm.training.api import learn as run
+    from hydra_llm.training.train_scorer import sgd_config
 
     settings = options.settings(users=limit, **vars(selection))
-    if data is not None and store is None:
-        with recording.opened(llm, settings) as model, console.progress() as report:
-            learned = run(data, model, settings, out=out, progress=report, warn=console.say)
-    elif store is not None and data is None:
-        from hydra_llm.gateway.spend import count_learning
-        from hydra_llm.gateway.store_training import learn_from_store
-
-        if recording.batch:
-            raise SettingsError("--store asks directly: leave --batch out")
-        with opt.open_store(store):
-            pass  # it is there: before a file is made
-        # A temporary cache of LLM answers: they quote users, who may be deleted later.
-        answers = out.with_name(f"{out.name}.answers.sqlite")
-        model = wrap(bare_llm(llm, settings), settings, answers)
-        try:
-            with console.progress() as report:
-                learned = learn_from_store(store, model, settings, out, task, report, console.say)
-        finally:
-            with opt.open_store(store) as opened:
-                count_learning(opened, model, settings)
-        run_sync(model.aclose)
-        for end in ("", "-wal", "-shm"):
-            answers.with_name(f"{answers.name}{end}").unlink(missing_ok=True)
-    else:
-        raise SettingsError("give one of a data set and --store")
+    steps = sgd_config(settings).epochs > 0
+    with ranks.leading(settings.engine, steps=steps, say=console.say):
+        if data is not None and store is None:
+            with recording.opened(llm, settings) as model, console.progress() as report:
+                learned = run(data, model, settings, out=out, progress=report, warn=console.say)
+        elif store is not None and data is None:
+            learned = _from_store(store, settings, out, llm, task, recording)
+        else:
+            raise SettingsError("give one of a data set and --store")
     _print_learned(learned, out, as_json)
+
+
+def _from_store(
+    store: str,
+    settings: "Settings",
+    out: Path,
+    llm: str,
+    task: Path | None,
+    recording: opt.Recording,
+) -> "Learned":
+    """Learn from all users of a store."""
+    from hydra_llm.gateway.spend import count_learning
+    from hydra_llm.gateway.store_training import learn_from_store
+
+    if recording.batch:
+        raise SettingsError("--store asks directly: leave --batch out")
+    with opt.open_store(store):
+        pass  # it is there: before a file is made
+    # A temporary cache of LLM answers: they quote users, who may be deleted later.
+    answers = out.with_name(f"{out.name}.answers.sqlite")
+    model = wrap(bare_llm(llm, settings), settings, answers)
+    try:
+        with console.progress() as report:
+            learned = learn_from_store(store, model, settings, out, task, report, console.say)
+    finally:
+        with opt.open_store(store) as opened:
+            count_learning(opened, model, settings)
+    run_sync(model.aclose)
+    for end in ("", "-wal", "-shm"):
+        answers.with_name(f"{answers.name}{end}").unlink(missing_ok=True)
+    return learned
 
 
 @opt.with_option_sets

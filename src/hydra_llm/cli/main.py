@@ -28,6 +28,7 @@ from hydra_llm.environment import (
 )
 from hydra_llm.errors import HydraError, UserFault
 from hydra_llm.extras import one_line_imports
+from hydra_llm.training import ranks
 
 NAME = "hydra-llm"
 STOPPED = 130  # exit code after Ctrl-C
@@ -179,7 +180,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _report(what: object, code: int, command: str = NAME) -> int:
-    print(f"{command}: {' '.join(str(what).split())}", file=sys.stderr)
+    if ranks.rank() == 0:  # the first process of several says it
+        print(f"{command}: {' '.join(str(what).split())}", file=sys.stderr)
     return code
 
 

@@ -1,16 +1,17 @@
 """What is not convex: the shared layer, a tuned encoder and `mlp` heads, trained together with the
 users' heads by gradient (paper, section 3.1); `convex.py` fits the rest on the frozen features.
 
-Reproducible by its seed; resumes from the checkpoint of the last epoch. Knows no tasks and no LLM.
+Reproducible by its seed; resumes from the checkpoint of the last epoch. Several processes share the
+steps (`ranks.py`). Knows no tasks and no LLM.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from hydra_llm.model.heads import Head, SGDConfig
 from hydra_llm.model.interactions import Groups
 from hydra_llm.model.newton import losses
 from hydra_llm.model.scorer import Scorer
+from hydra_llm.training import ranks
 from hydra_llm.training.calibration import FitReport, calibrate, evaluate_held_out
 from hydra_llm.training.convex import UserHeads, fit_heads, held_out_scores, standardise
 from hydra_llm.training.dataset import LabelledGroup, TrainingSet, folds
@@ -72,21 +74,17 @@ def train_jointly(
     train = torch.tensor([i for i, user in enumerate(data.users) if user not in set(held_out)])
     watched = torch.tensor(sorted(i for user in held_out for i in data.index[user])).long()
     run = _Run(scorer, data, source, config)
-    if checkpoint is None or not run.resume(checkpoint):
-        run.best = run.watch_loss(watched)
-    while len(run.losses) < config.epochs and not 0 < config.patience <= run.waited:
-        run.losses.append(run.epoch(train))
-        # without held-out users the last epoch is the best
-        loss = run.watch_loss(watched) if held_out else -float(len(run.losses))
-        if loss < run.best:
-            run.best, run.best_values, run.waited = loss, run.values(), 0
-        else:
-            run.waited += 1
+    if checkpoint is not None:
+        run.resume(checkpoint)
+
+    def after_epoch() -> None:
         if checkpoint is not None:
             run.write(checkpoint)
         if done is not None:
             done(len(run.losses), config.epochs)
-    run.put(run.best_values)
+
+    ranks.send(partial(run.train, train, watched))
+    run.train(train, watched, after_epoch)
     return run.losses, run.heads()
 
 
@@ -121,27 +119,56 @@ class _Run:
         self.best, self.best_values = math.inf, self.values()  # lowest loss of held-out users
         self.waited = 0  # epochs since the best one
 
+    def train(
+        self, train: Tensor, watched: Tensor, after_epoch: Callable[[], None] = lambda: None
+    ) -> None:
+        """The epochs that are left, in each process; `watched` are the held-out users' groups."""
+        if self.best == math.inf:
+            self.best = self.watch_loss(watched)
+        config = self.config
+        while len(self.losses) < config.epochs and not 0 < config.patience <= self.waited:
+            self.losses.append(self.epoch(train))
+            # without held-out users the last epoch is the best
+            loss = self.watch_loss(watched) if len(watched) else -float(len(self.losses))
+            if loss < self.best:
+                self.best, self.best_values, self.waited = loss, self.values(), 0
+            else:
+                self.waited += 1
+            after_epoch()
+        self.put(self.best_values)
+
     def epoch(self, train: Tensor) -> float:
         """One pass; the mean loss per group."""
-        scorer, seed = self.scorer, self.config.seed * 1000 + len(self.losses)
+        seed = self.config.seed * 1000 + len(self.losses)
         draw = torch.Generator().manual_seed(seed)
         order = train[torch.randperm(len(train), generator=draw)]
         total, count = 0.0, 0
-        with seeded(seed):  # dropout of a tuned encoder
+        shared = [tensor for tensor in self.tensors if tensor is not self.numbers]
+        with seeded(ranks.own_seed(seed)):  # dropout of a tuned encoder
             for index in self.config.batches(self.data.groups.mask.sum(-1), order):
-                groups, rows = self.groups(index), self.row[index]
-                x = scorer.interaction(groups)
-                own = scorer.head.score_numbers(scorer.interaction, x, self.numbers[rows])
-                loss = self.losses_of(own + scorer.side_score(groups), index).sum()
-                # ½ λ |δ|² of the batch's users, each divided by the number of the user's groups
-                squares = (self.numbers[rows] ** 2).sum(-1)
-                prior = 0.5 * scorer.prior_precision * (squares / self.counts[rows]).sum()
                 self.optimizer.zero_grad()
-                ((loss + prior) / len(index)).backward()
+                total += self.backward(ranks.portion(index), len(index))
+                ranks.sum_gradients(shared, self.numbers, self.row[index].unique())
                 nn.utils.clip_grad_norm_(self.tensors, 1.0)
                 self.optimizer.step()
-                total, count = total + float(loss.detach()), count + len(index)
-        return total / max(1, count)
+                count += len(index)
+        return ranks.summed(total) / max(1, count)
+
+    def backward(self, index: Tensor, count: int) -> float:
+        """Add the gradients of a batch of `count` groups that these are or are a part of; the sum
+        of their losses.
+        """
+        if not len(index):
+            return 0.0
+        scorer, groups, rows = self.scorer, self.groups(index), self.row[index]
+        x = scorer.interaction(groups)
+        own = scorer.head.score_numbers(scorer.interaction, x, self.numbers[rows])
+        loss = self.losses_of(own + scorer.side_score(groups), index).sum()
+        # ½ λ |δ|² of the batch's users, each divided by the number of the user's groups
+        squares = (self.numbers[rows] ** 2).sum(-1)
+        prior = 0.5 * scorer.prior_precision * (squares / self.counts[rows]).sum()
+        ((loss + prior) / count).backward()
+        return float(loss.detach())
 
     def groups(self, index: Tensor) -> Groups:
         return self.source.fill(self.data, index) if self.source else self.data.groups[index]
@@ -155,7 +182,10 @@ class _Run:
         """Mean loss of the held-out users under the shared head; 0 without held-out users."""
         if not len(index):
             return 0.0
-        return float(self.losses_of(self.scorer.core(self.groups(index)), index).mean())
+        own, mean = ranks.portion(index), 0.0
+        if len(own):
+            mean = float(self.losses_of(self.scorer.core(self.groups(own)), own).mean())
+        return ranks.summed(mean * (len(own) / len(index)))
 
     def values(self) -> list[Tensor]:
         return [tensor.detach().clone() for tensor in self.tensors]
