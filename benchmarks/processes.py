@@ -136,7 +136,7 @@ def training_set(args: argparse.Namespace) -> TrainingSet:
     mask = torch.ones(count, CANDIDATES, dtype=torch.bool)
     target = torch.zeros(count, CANDIDATES)
     target[:, 0] = 1.0
-    groups = Groups(None, vectors, torch.zeros(count, CANDIDATES, 0), mask, target)
+    groups = Groups(torch.zeros(count, 0), vectors, torch.zeros(count, CANDIDATES, 0), mask, target)
     users = tuple(user_of(i, args) for i in range(count))
     voted = torch.zeros(count, dtype=torch.bool)
     return TrainingSet(groups, users, torch.arange(count), voted, target)

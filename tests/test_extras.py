@@ -77,6 +77,7 @@ COMMANDS = {
         ["fit", "data", "--bundle", "bundle", "--engine", "ray:127.0.0.1:6379"],
         ["bench", "run", "data", "--out", "run", "--engine", "ray"],
     ],
+    "accelerate": [["learn", "data", "--out", "bundle"]],
     "bench": [
         ["bench", "run", "data", "--llm", "fake:echo", "--out", "run", "--methods", "rag@1"],
         ["bench", "show", "run"],
@@ -96,6 +97,8 @@ COMMANDS = {
         ]
     ],
 }
+LAUNCHED = {"accelerate": {"RANK": "0", "WORLD_SIZE": "2"}}
+"""Extra → variables under which its commands need it."""
 WITHOUT_EXTRAS = [
     ["--help"],
     ["--version"],
@@ -109,6 +112,7 @@ def run_without(extras: list[str], lines: list[list[str]], folder: Path) -> tupl
     missing = [*HEAVY, *(module for extra in extras for module in EXTRAS[extra])]
     given = json.dumps([extras, missing, lines])
     environment = {**os.environ, "HOME": str(folder), "HYDRA_CACHE": str(folder / "cache")}
+    environment |= LAUNCHED.get(extras[0], {}) if len(extras) == 1 else {}
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED, given],
         capture_output=True,

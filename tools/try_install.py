@@ -36,12 +36,16 @@ NOT_RUN = ("data get", "bench sweep", "serve")  # the network, a long time, a se
 LONG = {"demo": ["--users", "2"]}  # what makes a long command shorter
 MOST = {"server": 200}  # MB on disk, with pip itself
 BRINGS = {  # extra → the others that it holds
+    "accelerate": ["learn", "openai"],
     "bench": ["learn", "openai"],
     "demo": ["bench", "embedded", "learn", "openai"],
     "learn": ["openai"],
     "ray": ["learn", "openai"],
     "report": ["bench", "learn", "openai"],
-    "all": ["bench", "demo", "embedded", "learn", "mcp", "openai", "otel", "report", "server"],
+    "all": [
+        *("accelerate", "bench", "demo", "embedded", "learn"),
+        *("mcp", "openai", "otel", "report", "server"),
+    ],
 }
 
 
