@@ -24,11 +24,11 @@ import torch
 from measure import finish, options, show, summary
 from simulated_users import LABELS, words
 
+from hydra_llm import ranks
 from hydra_llm.model.encoder import open_encoder
 from hydra_llm.model.heads import SGDConfig, make_head
 from hydra_llm.model.interactions import Cross, Groups
 from hydra_llm.model.scorer import Scorer
-from hydra_llm.training import ranks
 from hydra_llm.training.dataset import LabelledGroup, TrainingSet
 from hydra_llm.training.sgd import TextSource, train_jointly
 

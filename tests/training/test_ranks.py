@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from hydra_llm import ranks
 from hydra_llm.bundle import Bundle
 from hydra_llm.cli.main import run
 from hydra_llm.datasets.native import save
@@ -26,7 +27,6 @@ from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.heads import make_head
 from hydra_llm.model.interactions import Cross
 from hydra_llm.model.scorer import Scorer
-from hydra_llm.training import ranks
 from hydra_llm.training.dataset import make_training_set
 from hydra_llm.training.sgd import TextSource, train_jointly
 from tests.model.conftest import _save_model
@@ -37,7 +37,7 @@ from tests.waiting import FOREVER
 ROOT = Path(__file__).parents[2]
 TRAIN = """
 import sys, torch
-from hydra_llm.training import ranks
+from hydra_llm import ranks
 
 if not ranks.follows():
     from tests.training.test_ranks import trained
@@ -47,7 +47,7 @@ if not ranks.follows():
 """
 DIE = """
 import os
-from hydra_llm.training import ranks
+from hydra_llm import ranks
 
 with ranks._group():
     ranks._sent(None)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from hydra_llm import ranks
 from hydra_llm.cli import console
 from hydra_llm.cli import options as opt
 from hydra_llm.errors import SettingsError
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.none import NONE
 from hydra_llm.llm.registry import bare_llm, check_spec, open_llm, wrap
-from hydra_llm.training import ranks
 from hydra_llm.types import Answer, Candidate, Overlaid, as_one_text
 
 if TYPE_CHECKING:

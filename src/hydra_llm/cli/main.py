@@ -19,7 +19,7 @@ from typer.completion import completion_init  # type: ignore[attr-defined]  # im
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command, get_group
 
-from hydra_llm import __version__
+from hydra_llm import __version__, ranks
 from hydra_llm.environment import (
     clean_variables,
     expanded,
@@ -28,7 +28,6 @@ from hydra_llm.environment import (
 )
 from hydra_llm.errors import HydraError, UserFault
 from hydra_llm.extras import one_line_imports
-from hydra_llm.training import ranks
 
 NAME = "hydra-llm"
 STOPPED = 130  # exit code after Ctrl-C

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hydra_llm import ranks
 from hydra_llm.errors import BundleError
 from hydra_llm.llm.concurrency import Progress
 from hydra_llm.model.encoder import Encoder
@@ -26,7 +27,6 @@ from hydra_llm.model.heads import Head, SGDConfig
 from hydra_llm.model.interactions import Groups
 from hydra_llm.model.newton import losses
 from hydra_llm.model.scorer import Scorer
-from hydra_llm.training import ranks
 from hydra_llm.training.calibration import FitReport, calibrate, evaluate_held_out
 from hydra_llm.training.convex import UserHeads, fit_heads, held_out_scores, standardise
 from hydra_llm.training.dataset import LabelledGroup, TrainingSet, folds
