@@ -41,7 +41,11 @@ def rank() -> int:
 
 
 def follows() -> bool:
-    """Whether this process is a follower; then it returns when process 0 has learned."""
+    """Whether this process is a follower; then it returns when process 0 has learned. Raises
+    MissingExtra: there is a launch, and accelerate is not installed.
+    """
+    if size() > 1:
+        require("accelerate", "accelerate launch")
     if rank() == 0:
         return False
     for name in (signal.SIGTERM, signal.SIGINT):
@@ -62,7 +66,7 @@ def leading(engine: str, *, steps: bool, say: Callable[[str], None]) -> Iterator
     whether there will be gradient steps; `say` gets a line about what the processes do.
 
     Raises SettingsError: another engine is asked for too, or the launch has started no other
-    process. MissingExtra: accelerate is not installed.
+    process.
     """
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and size() == 1:
         raise SettingsError(f"accelerate: {ALONE}")
@@ -136,7 +140,6 @@ def sum_gradients(shared: Sequence["Tensor"], own: "Tensor", rows: "Tensor") -> 
 def _group() -> Iterator[None]:
     """Among the processes of the launch, which find each other here."""
     global _joined
-    require("accelerate", "accelerate launch")
     from accelerate import PartialState
     from torch import distributed
 
