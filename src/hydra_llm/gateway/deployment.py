@@ -195,6 +195,7 @@ def open_deployment(
     from hydra_llm.bundle import Bundle
 
     loaded = Bundle.load(folder, here=here)
+    overrides["encoder_precision"] = here.encoder_precision  # also of the bundle after this one
     chosen = loaded.settings.model_copy(update=overrides)
     # The bundle's own users are the store's like any others: the store's records and heads count.
     features = loaded.features
