@@ -153,11 +153,15 @@ async def series(
             answer = await http.delete(f"{urls[0]}/v1/users/{name}")
             began = time.perf_counter()
             answer.raise_for_status()
-            while traces(deployment, name, records):
-                await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.to_thread(wait_for_none, deployment, name, records)
             times.append((time.perf_counter() - began) * 1000)
             print(f"{name}: {times[-1]:.1f} ms", file=sys.stderr, flush=True)
     return times
+
+
+def wait_for_none(deployment: Deployment, name: str, records: list[Record]) -> None:
+    while traces(deployment, name, records):
+        time.sleep(LOOK_SECONDS)
 
 
 def traces(deployment: Deployment, name: str, records: list[Record]) -> bool:
