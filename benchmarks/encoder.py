@@ -61,6 +61,8 @@ def main() -> None:
     parser.add_argument("--bundles", type=Path, help="for the part scores")
     parser.add_argument("--replays", type=Path, help="for the part picks")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--sets", nargs="*", help="of the bundles; default: all")
+    parser.add_argument("--users", type=int, help="new users of a bundle; default: all")
     parser.add_argument("--parts", default="speed,scores,picks")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -71,7 +73,8 @@ def main() -> None:
         "scores": lambda: [
             row
             for place in sorted(args.bundles.iterdir())
-            for row in compare_scores(place, args.data / place.name)
+            if not args.sets or place.name in args.sets
+            for row in compare_scores(place, args.data / place.name, args.users)
         ],
         "picks": lambda: [row for name in names for row in compare_picks(name, args.replays)],
     }
@@ -164,7 +167,7 @@ class Scored:
     gains: list[float] = field(default_factory=list)
 
 
-def compare_scores(place: Path, data: Path) -> list[Row]:
+def compare_scores(place: Path, data: Path, users: int | None) -> list[Row]:
     """Rows of a bundle's scorers and precisions."""
     dataset = load(data)
     found: dict[str, dict[str, Scored]] = {}
@@ -173,7 +176,7 @@ def compare_scores(place: Path, data: Path) -> list[Row]:
         with tempfile.TemporaryDirectory() as cache:
             here = load_settings(encoder_precision=name.partition(",")[0], cache=Path(cache))
             bundle = Bundle.load(place, here=here)
-            new = [user for user in bundle.records if user not in bundle.trained_on]
+            new = [user for user in bundle.records if user not in bundle.trained_on][:users]
             queries = [query for user in new for query in dataset.queries(user)[:QUERIES]]
             texts = [query.input for query in queries] if batch > 1 else []
             texts += [t for user in new for r in bundle.records[user] for t in (r.input, r.output)]
@@ -181,14 +184,14 @@ def compare_scores(place: Path, data: Path) -> list[Row]:
             found[name] = scores_of(bundle, queries)
             vectors[name] = bundle.features.texts([q.input for q in queries[:64]])
             bundle.features.close()
-    users = [query.user for query in queries]
+    who = [query.user for query in queries]
     return [
         {
             "data": place.name,
             "scorer": scorer,
             "precision": name,
             "against": other,
-            **comparison(found[name][scorer], found[other][scorer], users),
+            **comparison(found[name][scorer], found[other][scorer], who),
             "least_cosine": float((vectors[other] * vectors[name]).sum(1).min()),
         }
         for scorer in found["fp32"]
@@ -203,7 +206,7 @@ def comparison(one: Scored, other: Scored, users: list[str]) -> Row:
     if one.gains:
         difference = paired(np.array(one.gains), np.array(other.gains), users)
         row |= {"gain": float(np.mean(one.gains)), "gain_of_other": float(np.mean(other.gains))}
-        row["difference"] = [difference.value, difference.low, difference.high]
+        row["difference"] = [difference.difference, difference.low, difference.high]
     return row
 
 
