@@ -47,7 +47,7 @@ async def test_servers_of_two_precisions_share_users_and_heads(
 
 
 @pytest.mark.parametrize(("fast", "chosen"), [(True, "bf16"), (False, "fp32")])
-def test_fastest_is_what_the_processor_multiplies_fastest(
+def test_fastest_is_up_to_the_processor(
     monkeypatch: pytest.MonkeyPatch, fast: bool, chosen: str
 ) -> None:
     monkeypatch.setattr(precision, "has_fast_bf16", lambda: fast)
@@ -55,7 +55,7 @@ def test_fastest_is_what_the_processor_multiplies_fastest(
     assert asked.encoder_precision == chosen
 
 
-def test_without_it_the_server_takes_the_bundles_or_that_of_all_commands() -> None:
+def test_without_it_all_commands_have_the_same() -> None:
     for here in ("auto", "bf16"):
         given = Settings(encoder_precision=here)
         assert with_precision(given, ServeSettings()) == given

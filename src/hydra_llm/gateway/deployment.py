@@ -175,11 +175,9 @@ def open_deployment(
     carry, such as the folder of features. Raises `BundleError` if it is missing, damaged or newer.
     """
     names = {"gate", "retriever", "retrieved", "k", "temperature", "abstention_threshold"}
-    names |= {"max_prompt_tokens"}
+    names |= {"max_prompt_tokens", "samples"}
     here = with_precision(here, settings)
     overrides = settings.model_dump(include=names, exclude_none=True)
-    if settings.samples is not None:
-        overrides["samples"] = settings.samples
     if settings.placement != "auto":
         overrides["prompt_style"] = settings.placement
     size, queue = settings.users_in_memory, settings.scoring_queue
