@@ -1,14 +1,15 @@
 """The first personal request of users whose history was never encoded, beside an earlier version.
 
     python benchmarks/cold_requests.py --before COMMIT [--users 60] [--parts 3] [--records 100]
-        [--json]
+        [--precision fastest] [--json]
 
 Both versions serve copies of the same bundle and store in front of one mock upstream (50 ms), one
 version at a time, so that neither works beside the other. In each part, in an order that is drawn
 anew, a third of the users ask each version once, one after the other, with a direct request to the
 mock beside them; the histories of users who have asked are being encoded meanwhile, as in use. The
 added latency is a version's median minus the mock's. A server's processor time is told too: it
-includes what was encoded until the last answer.
+includes what was encoded until the last answer. `--precision` is the server's setting
+`encoder_precision` in this version.
 """
 
 import asyncio
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=60)
     parser.add_argument("--parts", type=int, default=3)
     parser.add_argument("--records", type=int, default=100)
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fastest"))
     args = parser.parse_args()
     args.features = "tower"
     with tempfile.TemporaryDirectory() as name, checkout(args.before, Path(name)) as earlier:
@@ -77,7 +79,8 @@ async def measure(
         for part in range(args.parts):
             users = range(part, args.users, args.parts)
             for name in rng.sample(list(versions), len(versions)):
-                with serving(versions[name], upstream, folder, name) as url:
+                precision = args.precision if name == NOW else None
+                with serving(versions[name], upstream, folder, name, precision) as url:
                     async with client() as http:
                         await chat(url, None)(http)  # passed through: what it has to load at first
                         begin = cpu_ms(url)
@@ -96,7 +99,9 @@ async def measure(
 
 
 @contextmanager
-def serving(version: Path, upstream: str, folder: Path, name: str) -> Iterator[str]:
+def serving(
+    version: Path, upstream: str, folder: Path, name: str, precision: str | None
+) -> Iterator[str]:
     """A gateway of a version, with a copy of store and cache."""
     own = folder / name
     shutil.rmtree(own, ignore_errors=True)
@@ -108,6 +113,7 @@ def serving(version: Path, upstream: str, folder: Path, name: str) -> Iterator[s
     command = [*hydra, "serve", "--llm", f"openai:mock@{upstream}/v1"]
     command += ["--store", store, "--bundle", str(folder / "bundle")]
     command += ["--set", "samples=8", "--set", "retrieved=10", "--set", "gate=off"]
+    command += ["--set", f"encoder_precision={precision}"] if precision else []
     with server(
         command, {**environment, "HYDRA_CACHE": str(own / "cache")}, "/health/readiness"
     ) as url:

@@ -5,10 +5,13 @@
 speed    one batch of real texts (movie_rating, joined and cut) of 64, 128 and 256 tokens, in turn;
          by processor time of one thread. Beside them torch's own dynamic quantization (one scale
          for all tokens of a batch) and, where it is installed, OpenVINO.
-scores   bundles FOLDER/NAME of DATA/NAME, learned in fp32, opened in each precision: Spearman's
-         correlation of all scores of their test users' queries with those of fp32 (reranker: the
-         retrieved records; adapter: every label), the share of queries with the same first one, and
-         the least cosine of a query's vectors.
+scores   bundles FOLDER/NAME of DATA/NAME, learned and fitted in fp32, opened in each precision:
+         Spearman's correlation of all scores of their test users' queries with those of fp32
+         (reranker: the retrieved records; adapter: every label, or the latest answers of the user's
+         where answers are texts), the share of queries with the same pick, the gain of the picks
+         and its paired difference to fp32, and the least cosine of a query's vectors. `bf16,
+         batches` has each text encoded beside 31 others, as a busy server may: what differs from
+         `bf16` differs between two servers of one precision.
 picks    the committed benchmark, learned, fitted and answered in each precision.
 
 FOLDER/PRECISION has what `HYDRA_ENCODER_PRECISION=PRECISION python benchmarks/replay.py DATA --only
@@ -23,7 +26,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,18 +38,19 @@ from measure import Limit, finish, options
 from publish import BASELINE, report
 from scipy.stats import spearmanr
 
+from hydra_llm.bench.stats import paired
 from hydra_llm.bundle import Bundle
+from hydra_llm.config import load_settings
 from hydra_llm.datasets.native import load
 from hydra_llm.history import before
 from hydra_llm.model.encoder import Encoder, open_encoder
-from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.select import all_labels
-from hydra_llm.types import Query
+from hydra_llm.types import Candidate, Query
 
 PRECISIONS = ("fp32", "bf16")
 LENGTHS = (64, 128, 256)
 LEAST = 0.98
-QUERIES = 5  # of a user, in `scores`
+QUERIES, ANSWERS = 5, 8  # of a user, in `scores`
 RESULTS = Path(__file__).with_name("results")
 Row = dict[str, Any]
 
@@ -54,20 +58,23 @@ Row = dict[str, Any]
 def main() -> None:
     parser = options(__doc__, runs=5)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--bundles", type=Path, required=True)
-    parser.add_argument("--replays", type=Path, required=True)
+    parser.add_argument("--bundles", type=Path, help="for the part scores")
+    parser.add_argument("--replays", type=Path, help="for the part picks")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--sets", nargs="*", help="of the bundles; default: all")
+    parser.add_argument("--users", type=int, help="new users of a bundle; default: all")
     parser.add_argument("--parts", default="speed,scores,picks")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    folder = args.replays / "fp32"
-    names = sorted(path.name for path in folder.iterdir() if (path / "run/results.json").exists())
+    replayed = sorted(args.replays.glob("fp32/*/run/results.json")) if args.replays else []
+    names = [path.parts[-3] for path in replayed]
     parts: dict[str, Callable[[], list[Row]]] = {
         "speed": lambda: measure_speed(args.data, args.runs, args.batch),
         "scores": lambda: [
             row
             for place in sorted(args.bundles.iterdir())
-            for row in compare_scores(place, args.data / place.name)
+            if not args.sets or place.name in args.sets
+            for row in compare_scores(place, args.data / place.name, args.users)
         ],
         "picks": lambda: [row for name in names for row in compare_picks(name, args.replays)],
     }
@@ -78,7 +85,7 @@ def main() -> None:
     limits = [
         Limit(f"Spearman, {row['data']}, {row['scorer']}, {row['precision']}", value, LEAST, True)
         for row in result.get("scores", ())
-        if (value := row["spearman"]) is not None
+        if (value := row["spearman"]) is not None and row["against"] == "fp32"
     ]
     finish(args, result, lines, limits)
 
@@ -147,51 +154,65 @@ def cpu_in_turn(jobs: dict[str, Callable[[], object]], runs: int) -> dict[str, l
 
 # ---- scores
 
+SERVED = {"fp32": 1, "bf16": 1, "bf16, batches": 32}
+"""Precision → texts that are encoded at once."""
 
-def compare_scores(place: Path, data: Path) -> list[Row]:
+
+@dataclass
+class Scored:
+    """What a scorer gives: for each query its candidates' scores, the pick and its gain."""
+
+    scores: list[list[float]] = field(default_factory=list)
+    picks: list[int] = field(default_factory=list)
+    gains: list[float] = field(default_factory=list)
+
+
+def compare_scores(place: Path, data: Path, users: int | None) -> list[Row]:
     """Rows of a bundle's scorers and precisions."""
     dataset = load(data)
-    found: dict[str, dict[str, list[list[float]]]] = {}
+    found: dict[str, dict[str, Scored]] = {}
     vectors: dict[str, np.ndarray] = {}
-    for precision in PRECISIONS:
+    for name, batch in SERVED.items():
         with tempfile.TemporaryDirectory() as cache:
-            plain = Bundle.load(place, cache=Path(cache))
-            encoder = plain.features.encoder.at(precision)  # type: ignore[arg-type]
-            features = FeatureCache(encoder, Path(cache) / "other.sqlite")
-            bundle = replace(plain, features=features)
-            queries = [
-                query
-                for user in bundle.records
-                if user not in bundle.trained_on
-                for query in dataset.queries(user)[:QUERIES]
-            ]
-            found[precision] = scores_of(bundle, queries)
-            vectors[precision] = bundle.features.encoder.encode([q.input for q in queries[:64]])
+            here = load_settings(encoder_precision=name.partition(",")[0], cache=Path(cache))
+            bundle = Bundle.load(place, here=here)
+            new = [user for user in bundle.records if user not in bundle.trained_on][:users]
+            queries = [query for user in new for query in dataset.queries(user)[:QUERIES]]
+            texts = [query.input for query in queries] if batch > 1 else []
+            texts += [t for user in new for r in bundle.records[user] for t in (r.input, r.output)]
+            bundle.features.texts(list(dict.fromkeys(texts)))
+            found[name] = scores_of(bundle, queries)
+            vectors[name] = bundle.features.texts([q.input for q in queries[:64]])
             bundle.features.close()
-    rows = []
-    for scorer, plain in found["fp32"].items():
-        for precision in PRECISIONS[1:]:
-            other = found[precision][scorer]
-            pooled = [np.concatenate(own) if own else np.zeros(0) for own in (plain, other)]
-            first = [np.argmax(a) == np.argmax(b) for a, b in zip(plain, other, strict=True)]
-            cosine = (vectors["fp32"] * vectors[precision]).sum(1).min()
-            rows.append(
-                {
-                    "data": place.name,
-                    "scorer": scorer,
-                    "precision": precision,
-                    "queries": len(plain),
-                    "spearman": float(spearmanr(*pooled)[0]) if plain else None,
-                    "same_first": float(np.mean(first)) if first else None,
-                    "least_cosine": float(cosine),
-                }
-            )
-    return rows
+    who = [query.user for query in queries]
+    return [
+        {
+            "data": place.name,
+            "scorer": scorer,
+            "precision": name,
+            "against": other,
+            **comparison(found[name][scorer], found[other][scorer], who),
+            "least_cosine": float((vectors[other] * vectors[name]).sum(1).min()),
+        }
+        for scorer in found["fp32"]
+        for name, other in (("bf16", "fp32"), ("bf16, batches", "bf16"))
+    ]
 
 
-def scores_of(bundle: Bundle, queries: list[Query]) -> dict[str, list[list[float]]]:
-    """Each query's scores, by scorer; candidates in a fixed order."""
-    pipeline, scores = bundle.pipeline(), dict[str, list[list[float]]]()
+def comparison(one: Scored, other: Scored, users: list[str]) -> Row:
+    pooled = [np.concatenate(own.scores) for own in (one, other)]
+    same = float(np.mean(np.equal(one.picks, other.picks)))
+    row: Row = {"queries": len(one.picks), "spearman": float(spearmanr(*pooled)[0]), "same": same}
+    if one.gains:
+        difference = paired(np.array(one.gains), np.array(other.gains), users)
+        row |= {"gain": float(np.mean(one.gains)), "gain_of_other": float(np.mean(other.gains))}
+        row["difference"] = [difference.difference, difference.low, difference.high]
+    return row
+
+
+def scores_of(bundle: Bundle, queries: list[Query]) -> dict[str, Scored]:
+    """By scorer; candidates in a fixed order."""
+    pipeline, found, task = bundle.pipeline(), dict[str, Scored](), bundle.task
     for query in queries:
         visible = before(bundle.records[query.user], query)
         context = pipeline.context(query, visible, bundle.heads_of(query.user))
@@ -199,11 +220,20 @@ def scores_of(bundle: Bundle, queries: list[Query]) -> dict[str, list[list[float
             ranked = pipeline.rerank(context, pipeline.retrieve(context))
             by_rank = sorted(ranked, key=lambda item: item.rank)
             if len(by_rank) > 1:
-                scores.setdefault("reranker", []).append([r.usefulness or 0.0 for r in by_rank])
-        if bundle.adapter and bundle.task.labels:
-            chosen = pipeline.select(context, all_labels(bundle.task, []))
-            scores.setdefault("adapter", []).append([c.score or 0.0 for c in chosen.candidates])
-    return scores
+                own = found.setdefault("reranker", Scored())
+                own.scores.append([r.usefulness or 0.0 for r in by_rank])
+                own.picks.append(int(np.argmax(own.scores[-1])))
+        if bundle.adapter:
+            answers = list(dict.fromkeys(record.output for record in visible))[-ANSWERS:]
+            texts = [Candidate(answer, answer) for answer in answers]
+            offered = all_labels(task, []) if task.labels else texts
+            chosen = pipeline.select(context, offered)
+            own = found.setdefault("adapter", Scored())
+            own.scores.append([c.score or 0.0 for c in chosen.candidates])
+            own.picks.append(chosen.chosen)
+            pick = chosen.candidates[chosen.chosen].answer
+            own.gains.append(task.gain(pick, query.gold or ""))
+    return found
 
 
 # ---- picks

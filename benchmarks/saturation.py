@@ -2,15 +2,15 @@
 worker and with two: beside the mock upstream itself, an earlier version, and the LiteLLM proxy.
 
     python benchmarks/saturation.py [--before COMMIT] [--litellm VENV/bin/litellm] [--rounds 5]
-        [--seconds 10] [--folder FOLDER] [--precision bf16] [--json]
+        [--seconds 10] [--folder FOLDER] [--precision fastest] [--json]
 
 All of them run at the same time in front of one mock upstream (50 ms) and are asked one after the
 other, in an order that is drawn anew in each round, with 64 requests in flight. Personal requests
 are those of `gateway.py`: users with 100 records each in SQLite, 10 retrieved, 8 candidates,
 features `tower`; all questions and answers differ. Processor time is that of the server's
 processes together, for a request that was answered: load on the machine changes it less than the
-rate. `--folder` keeps the bundle and the users between runs. `--precision` is the setting
-`encoder_precision` of this version, whose features are encoded anew before the first round.
+rate. `--folder` keeps the bundle and the users between runs. `--precision` is the server's setting
+`encoder_precision` in this version, whose features are encoded anew before the first round.
 """
 
 import asyncio
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64, help="requests in flight")
     parser.add_argument("--warm", type=float, default=0.0, help="seconds before the first round")
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fastest"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = args.folder or Path(name)
@@ -111,11 +111,11 @@ def serving(version: Path, workers: int, upstream: str, folder: Path, args: Any)
     """A gateway of a version, on the store and bundle in a folder; its address."""
     environment = {**os.environ, "OPENAI_API_KEY": "none", "HYDRA_CACHE": str(folder / "cache")}
     environment["PYTHONPATH"] = str(version / "src")
-    if version == ROOT and args.precision != "auto":
-        environment["HYDRA_ENCODER_PRECISION"] = args.precision
     command = [sys.executable, "-m", "hydra_llm", "serve", "--llm", f"openai:mock@{upstream}/v1"]
     command += ["--store", f"sqlite:///{folder / 'store.db'}", "--bundle", str(folder / "bundle")]
     chosen = ["samples=8", "retrieved=10", "gate=off", f"workers={workers}"]
+    if version == ROOT and args.precision:
+        chosen.append(f"encoder_precision={args.precision}")
     command += [part for setting in chosen for part in ("--set", setting)]
     with server(command, environment, "/health/readiness") as url:
         yield url

@@ -259,9 +259,8 @@ class Bundle:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             fault = "config.json and the weights do not fit together"
             raise BundleError(f"{folder}: {fault} ({type(error).__name__}: {error})") from None
-        known = any(getattr(own.interaction, "texts", 0) for own in bundle.scorers.values())
-        if known and encoder.precision != bundle.precision:  # they are known by their vectors
-            bundle.check_precision()
+        for scorer in bundle.scorers.values():
+            scorer.interaction.rounded = "bf16" in (encoder.precision, bundle.precision)
         bundle.versions[Path(folder).resolve()] = files.version
         return bundle
 

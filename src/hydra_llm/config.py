@@ -182,7 +182,7 @@ class Research(Group):
     """Max tokens per encoded text; longer texts are truncated."""
     encoder_precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Numbers that the encoder computes with; auto: as the bundle was learned, fp32 for a new one.
-    `ask` and `bench run --bundle` may take another one; `fit` and `serve` may not.
+    `ask`, `serve` and `bench run --bundle` may take another one; `fit` may not.
     """
     features: Literal["tower", "cross"] = "tower"
     """tower: bi-encoder, texts encoded alone; cross: cross-encoder on pairs, as in the paper."""

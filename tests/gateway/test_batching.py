@@ -56,6 +56,11 @@ async def test_a_full_queue_has_room_for_others(idle: bool) -> None:
     assert refused == ["ada"] * 14
 
 
+async def test_the_servers_own_jobs_are_next() -> None:
+    done, _ = await served(1000, ["ada", "bob", "eve"] * MAX_BATCH + ["", "bob", ""])
+    assert done[:3] == ["", "", "ada"]
+
+
 async def test_the_servers_own_jobs_are_never_refused() -> None:
     done, refused = await served(5, ["ada"] * 5 + [""] * 20 + ["bob"])
     assert (done.count(""), done.count("bob"), done.count("ada")) == (20, 1, 4)

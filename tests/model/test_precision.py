@@ -100,7 +100,7 @@ def test_a_bundle_of_an_older_version_is_of_fp32(tiny_folder: Path, tmp_path: Pa
 def test_without_its_instructions_a_line_says_what_helps(
     tiny: Encoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "has_bf16", lambda: False)
+    monkeypatch.setattr(module, "has_fast_bf16", lambda: False)
     tiny.at("bf16")
-    slow = "this processor has no bfloat16 instructions: fp32 is faster than bf16"
+    slow = "this processor has no matrix instructions of bfloat16: fp32 is faster"
     assert [record.getMessage() for record in caplog.records] == [slow]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings, load_settings
@@ -179,7 +180,7 @@ def test_a_terminal_shows_the_rate_and_the_time_that_remains(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_bundle_that_knows_texts_by_vectors_has_one_precision(
+def test_a_bundle_knows_its_texts_in_every_precision(
     data: DataSet, tmp_path: Path, shared_minilm: None
 ) -> None:
     bundle = learned(data, tmp_path, [])
@@ -188,7 +189,14 @@ def test_a_bundle_that_knows_texts_by_vectors_has_one_precision(
     shape = {**adapter.interaction.config(), "texts": 2, "own_rank": 3}
     interaction = make_interaction(shape)
     knowing = Scorer(interaction, make_head("linear", interaction), adapter.side_names)
+    texts = ["a quiet lake at night", "rain over the harbour"]
+    interaction.known = torch.from_numpy(bundle.features.texts(texts))
     replace(bundle, scorers={"adapter": knowing}, heads={}).save(tmp_path / "knowing")
-    assert Bundle.load(tmp_path / "knowing", here=settings(tmp_path)).precision == "fp32"
-    with pytest.raises(SettingsError, match="the bundle was learned with fp32, not bf16"):
-        Bundle.load(tmp_path / "knowing", here=settings(tmp_path, encoder_precision="bf16"))
+    asked = [texts[1], "a quiet lake at nightfall", texts[0]]
+    for precision in ("fp32", "bf16"):
+        here = settings(tmp_path, encoder_precision=precision)
+        loaded = Bundle.load(tmp_path / "knowing", here=here)
+        assert (loaded.precision, loaded.features.encoder.precision) == ("fp32", precision)
+        vectors = torch.from_numpy(loaded.features.texts(asked))
+        places = loaded.scorers["adapter"].interaction._projected(vectors)[:, -1]
+        assert places.tolist() == [1, -1, 0]

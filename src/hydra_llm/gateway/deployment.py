@@ -175,10 +175,9 @@ def open_deployment(
     carry, such as the folder of features. Raises `BundleError` if it is missing, damaged or newer.
     """
     names = {"gate", "retriever", "retrieved", "k", "temperature", "abstention_threshold"}
-    names |= {"max_prompt_tokens"}
+    names |= {"max_prompt_tokens", "samples"}
+    here = with_precision(here, settings)
     overrides = settings.model_dump(include=names, exclude_none=True)
-    if settings.samples is not None:
-        overrides["samples"] = settings.samples
     if settings.placement != "auto":
         overrides["prompt_style"] = settings.placement
     size, queue = settings.users_in_memory, settings.scoring_queue
@@ -194,11 +193,12 @@ def open_deployment(
     from hydra_llm.bundle import Bundle
 
     loaded = Bundle.load(folder, here=here)
-    loaded.check_precision()  # feedback moves heads
+    overrides["encoder_precision"] = here.encoder_precision  # also of the bundle after this one
     chosen = loaded.settings.model_copy(update=overrides)
     # The bundle's own users are the store's like any others: the store's records and heads count.
-    bundle = replace(loaded.without_people(str), settings=chosen)
-    features = bundle.features
+    features = loaded.features
+    served = features.encoder.precision  # feedback moves heads, and jobs fit them, by these vectors
+    bundle = replace(loaded.without_people(str), settings=chosen, precision=served)
     features.keep = False  # only prefetching writes features to disk: those of users' records
     pairs = features.pairs if chosen.features == "cross" else None
     dense = needs_encoder(chosen.retriever)
@@ -207,6 +207,17 @@ def open_deployment(
     users = UserCache(store, bundle, size, encoded)
     batcher = MicroBatcher(features.texts, queue, pairs)
     return Deployment(store, reads, bundle.pipeline(), users, batcher, bundle, features, dense)
+
+
+def with_precision(here: Settings, settings: ServeSettings) -> Settings:
+    """`here` with the encoder's precision that the server is to have, if it names one."""
+    precision = settings.encoder_precision
+    if precision == "fastest":
+        require("learn", "encoder_precision")
+        from hydra_llm.model.precision import fastest
+
+        precision = fastest()
+    return here.model_copy(update={"encoder_precision": precision}) if precision else here
 
 
 def open_features(settings: Settings, what: str = "") -> FeatureCache:
