@@ -12,6 +12,7 @@ from typer import Argument, Option
 
 from hydra_llm.cli import console
 from hydra_llm.cli import options as opt
+from hydra_llm.cli.judge import judge
 from hydra_llm.cli.table import print_table, print_text
 from hydra_llm.config import NAMES, Settings, load_settings
 from hydra_llm.errors import DataError, SettingsError
@@ -259,6 +260,9 @@ def show(
         show_table(tables.overall_rows(over_tasks), tables.OVERALL)
     for result in results:
         show_table(sweeps.sweep_rows(result), result["question"])
+
+
+app.command()(judge)
 
 
 @app.command()
