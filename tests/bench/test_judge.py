@@ -70,7 +70,7 @@ def verdicts(llm: RuleLLM, cases: Sequence[Case]) -> list[Verdict]:
     return run_sync(partial(judged, judge, cases))
 
 
-def test_a_judge_that_prefers_the_first_one_shown_decides_nothing() -> None:
+def test_a_judge_of_the_order_decides_nothing() -> None:
     found = verdicts(replies("first"), [case("a b", "c"), case("d", "e f")])
     assert [own.votes for own in found] == [(1.0, 0.0)] * 2
     told = score(found)
@@ -86,7 +86,7 @@ def test_a_verdict_counts_where_both_orders_agree() -> None:
     assert len(llm.calls) == 1 + 2 * 2  # a rubric, both orders; equal answers ask nobody
 
 
-def test_the_rubric_is_made_of_the_persons_own_earlier_records() -> None:
+def test_the_rubric_is_made_of_the_persons_records() -> None:
     llm = replies("longer")
     verdicts(llm, [case("a b", "c"), case("a b", "c", "bob")])
     texts = [messages[0]["content"] for messages in llm.calls]
@@ -98,7 +98,7 @@ def test_the_rubric_is_made_of_the_persons_own_earlier_records() -> None:
     assert all("Title of: snow" in text for text in asked)
 
 
-def test_unread_replies_and_failed_calls_are_told_and_not_guessed() -> None:
+def test_unread_replies_and_failed_calls_are_not_guessed() -> None:
     told = score(verdicts(replies("unread"), [case("a", "b")]))
     assert (told.rate, told.unread, told.failed) == (0.5, 2, 0)
     failed = Verdict("u", "q", error="lost")
@@ -114,7 +114,7 @@ def test_unread_replies_and_failed_calls_are_told_and_not_guessed() -> None:
         verdicts(Dead(lambda messages, index, rng: ""), [case("a", "b"), case("c", "d")])
 
 
-def test_choices_of_people_are_drawn_alike_whatever_the_limit() -> None:
+def test_choices_of_people_are_drawn_alike() -> None:
     data = choice_data(users=12)
     few, many = choice_cases(data, 3, 0), choice_cases(data, 8, 0)
     assert few == many[:3]

@@ -183,11 +183,13 @@ def _unknown(user: str) -> UnknownUser:
 def _forget(store: "Store") -> "Forget":
     """Deletes features from the file that servers of this machine share by default."""
     from hydra_llm.config import load_settings
+    from hydra_llm.gateway.picture_cache import forget_too
     from hydra_llm.gateway.user_data import forget_unused
     from hydra_llm.model.feature_cache import forget_features
 
-    file = load_settings().cache / "features.sqlite"
-    return partial(forget_unused, store, partial(forget_features, file))
+    cache = load_settings().cache
+    forget = partial(forget_features, cache / "features.sqlite")
+    return partial(forget_unused, store, forget_too(cache, forget))
 
 
 def _bundle(store: "Store", folder: Path | None) -> "Bundle | None":

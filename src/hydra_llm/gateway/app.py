@@ -34,6 +34,7 @@ from hydra_llm.gateway.auth import Access
 from hydra_llm.gateway.deployment import folder_of, open_deployment
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.middleware import ERRORS, AccessMiddleware, RootPath, error_response
+from hydra_llm.gateway.pictures import open_pictures
 from hydra_llm.gateway.request_log import RequestLog
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.spend import FLUSH_SECONDS, Ledger, minute_of
@@ -80,6 +81,7 @@ def make_app(
     telemetry = Telemetry(tracing or open_tracing(settings.traces))
     ledger = Ledger(store, load_prices(here.prices), telemetry)
     gateway = Gateway(store, reads, upstream, settings, deployment, telemetry, ledger, active)
+    gateway.pictures = open_pictures(settings, here.cache, ledger, telemetry)
     telemetry.state.register(StateCollector(gateway))
     about = {"title": "hydra-llm", "version": __version__, "static_url": "/docs/static"}
     app = FastAPIOffline(**about, lifespan=_lifespan, redoc_url=None)  # /docs from here alone
@@ -138,6 +140,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await run_sync(gateway.telemetry.activity.keep, gateway.store)
     await run_sync(gateway.ledger.flush)
     await run_sync(gateway.telemetry.tracing.close)
+    if gateway.pictures is not None:
+        await gateway.pictures.aclose()
     await upstream.aclose()
 
 

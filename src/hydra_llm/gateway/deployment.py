@@ -16,6 +16,7 @@ from hydra_llm.extras import require
 from hydra_llm.gate import LexicalGate
 from hydra_llm.gateway.batching import MicroBatcher
 from hydra_llm.gateway.kept_fits import KeptFits
+from hydra_llm.gateway.picture_cache import forget_too
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.user_cache import TimedReads, UserCache, UserSnapshot, texts_of
 from hydra_llm.gateway.user_data import forget_unused
@@ -142,7 +143,7 @@ class Deployment:
         """Delete features of texts that only `but` has, if anyone: how many; else `UserFault`."""
         cache = self.pipeline.settings.cache / "features.sqlite"
         forget = self.features.forget if self.features else partial(forget_features, cache)
-        return forget_unused(self.store, forget, texts, but)
+        return forget_unused(self.store, forget_too(cache.parent, forget), texts, but)
 
 
 def _portions(texts: Sequence[str]) -> Iterator[list[str]]:

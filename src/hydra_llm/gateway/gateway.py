@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import anyio
+
 from hydra_llm.errors import HydraError
 from hydra_llm.gateway.batching import Overloaded
 from hydra_llm.gateway.chunks import StreamReader, chunk_head, delta, event, only_tells_usage
 from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.identity import hide_user
 from hydra_llm.gateway.metered import MeteredUpstream
+from hydra_llm.gateway.pictures import Pictures
 from hydra_llm.gateway.routed import (
     NotPersonal,
     PersonalRequest,
@@ -38,7 +41,7 @@ from hydra_llm.gateway.scoring import (
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.spend import Ledger, paying
 from hydra_llm.gateway.spend_limits import Limits
-from hydra_llm.gateway.structured import form_of, is_text
+from hydra_llm.gateway.structured import asking_message, form_of, is_text
 from hydra_llm.gateway.telemetry import Telemetry, note
 from hydra_llm.gateway.turns import asking
 from hydra_llm.gateway.upstream import Upstream, UpstreamError, usage_of
@@ -63,6 +66,7 @@ class Gateway:
     telemetry: Telemetry
     ledger: Ledger
     active_bundle: str | None = None  # the bundle that the store named last
+    pictures: Pictures | None = None  # None: nothing describes pictures
 
     def __post_init__(self) -> None:
         self.salt = self.store.salt()  # of pseudonyms
@@ -108,7 +112,11 @@ class Gateway:
         started = time.perf_counter()
         options, plain, deployment = routed.options, routed.plain, routed.deployment
         settings, form = deployment.pipeline.settings, form_of(plain)
-        search = await self.search(deployment, user, asked_question(routed), options, answers=True)
+        pictures = await self._pictures(routed)
+        question = asked_question(routed, pictures)
+        search = await self.search(
+            deployment, user, question, options, answers=True, pictures=pictures
+        )
         shown = search.ranked[: settings.k if options.k is None else options.k]
         prompt, *beside = deployment.pipeline.render_all(
             search.context.query,
@@ -136,6 +144,18 @@ class Gateway:
             words=words if prompt.records and style != "turns" else None,
         )
 
+    async def _pictures(self, routed: RoutedRequest) -> list[str]:
+        """What the pictures of the question show, where that is switched on."""
+        if self.pictures is None or not self.settings.vision_requests or not routed.options.enabled:
+            return []
+        content = asking_message(routed.plain["messages"]).get("content")
+        try:
+            with anyio.fail_after(self.settings.deadline):
+                return await self.pictures.of_question(content)
+        except Exception as error:  # whatever it is must not cost the caller an answer
+            self.telemetry.failed("vision", error)
+            return []
+
     async def search(
         self,
         deployment: Deployment,
@@ -144,15 +164,18 @@ class Gateway:
         options: PersonalizationOptions,
         *,
         answers: bool = False,
+        pictures: Sequence[str] = (),
     ) -> RecordSearch:
         """The user's records for a question; NotPersonal names the reason why there are none.
-        `answers`: to answer it, which the user may have switched off.
+        `answers`: to answer it, which the user may have switched off. `pictures`: lines that say
+        what stands beside the text.
         """
         user = await self._user(deployment, name, answers)
         # Scorers and records know the text within the task's instruction.
         within = deployment.pipeline.task.input_of(question)
         # One character more than a record may have: feedback on a longer one makes no record.
-        text = (within or question)[: self.settings.max_text + 1]
+        text = "\n".join(filter(None, [within or question, *pictures]))
+        text = text[: self.settings.max_text + 1]
         how: Any = {"in_task_words": within is not None, "gated": options.gate}
         search = RecordSearch(deployment, user, text, self.telemetry, options.k or 0, **how)
         search.span = self.telemetry.tracing.parent

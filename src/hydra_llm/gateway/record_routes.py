@@ -3,12 +3,14 @@
 import json
 from collections.abc import Collection, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request, Response
 
 from hydra_llm.gateway.gateway import Gateway
+from hydra_llm.gateway.pictures import all_of
 from hydra_llm.gateway.routed import NotPersonal
 from hydra_llm.gateway.schemas import (
     ApiError,
@@ -38,9 +40,10 @@ async def add_records(user: User, sent: RecordsIn, http: Request) -> dict[str, A
     settings, most = gateway.settings, gateway.settings.max_records_per_request
     if len(sent.records) > most:
         raise ApiError(413, f"at most {most} records a request", param="records")
+    described = [partial(_in_words, gateway, *own) for own in enumerate(sent.records)]
     records = [
         _record(user, f"records[{place}]", record, settings.max_text)
-        for place, record in enumerate(sent.records)
+        for place, record in enumerate(await all_of(described))
     ]
 
     added, switched = await run_sync(_add, gateway, user, sent, records)
@@ -50,6 +53,17 @@ async def add_records(user: User, sent: RecordsIn, http: Request) -> dict[str, A
     gateway.deployment.prefetch(user)
     counts = {"added": added.added, "changed": added.changed, "unchanged": added.unchanged}
     return counts | _unreadable(gateway, records)
+
+
+async def _in_words(gateway: Gateway, place: int, sent: RecordIn) -> RecordIn:
+    """The record with its pictures described."""
+    if isinstance(sent.input, str):
+        return sent
+    name = f"records[{place}].input"
+    if gateway.pictures is None:
+        fix = "give this server the setting `vision`"
+        raise ApiError(400, f"{name}: must be a text, as nothing describes pictures: {fix}")
+    return sent.model_copy(update={"input": await gateway.pictures.in_words(name, sent.input)})
 
 
 def _add(gateway: Gateway, user: str, sent: RecordsIn, records: list[Record]) -> tuple[Added, bool]:
@@ -165,6 +179,7 @@ async def switch_record(user: User, id: PathId, sent: SwitchIn, http: Request) -
 
 
 def _record(user: str, place: str, sent: RecordIn, max_text: int) -> Record:
+    asked = str(sent.input)
     for name in ("input", "output", "time", "id"):
         text = getattr(sent, name)
         fault = text_fault(text, may_be_empty=name == "time")
@@ -176,7 +191,7 @@ def _record(user: str, place: str, sent: RecordIn, max_text: int) -> Record:
         span = parse_time(sent.time)
     except ValueError as error:
         raise ApiError(400, f"{place}.time: {error}", param=f"{place}.time") from None
-    return Record(user, sent.id, sent.input, sent.output, sent.time, span)
+    return Record(user, sent.id, asked, sent.output, sent.time, span)
 
 
 def shown_records(records: Iterable[Record], off: Collection[str] = ()) -> list[dict[str, Any]]:

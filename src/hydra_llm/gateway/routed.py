@@ -99,13 +99,13 @@ class PersonalRequest(RoutedRequest):
         return scorable
 
 
-def asked_question(routed: RoutedRequest) -> str:
-    """The question of a request that may be personal."""
+def asked_question(routed: RoutedRequest, shown: Sequence[str] = ()) -> str:
+    """The question of a request that may be personal; `shown`: what its pictures show."""
     if not routed.options.enabled:
         raise NotPersonal("disabled")
     messages = routed.plain["messages"]
     question = question_of(messages)
-    if not question.strip():
+    if not question.strip() and not shown:
         raise NotPersonal("no-question")
     return repair(question)
 

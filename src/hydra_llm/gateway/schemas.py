@@ -198,7 +198,7 @@ class RecordIn(_Strict):
     """One thing that a user did."""
 
     id: Id
-    input: str
+    input: str | list[dict[str, Any]]  # a text, or parts of texts and pictures (image_url)
     output: str
     time: Time = ""
     enabled: Annotated[bool, Field(strict=True)] | None = None  # None: as it is, or true

@@ -61,6 +61,16 @@ class ServeSettings(config.Group):
     personalization: bool = True
     """Add the object `personalization` to replies."""
 
+    # ---- pictures
+    vision: str | None = None
+    """openai:MODEL[@URL] that describes pictures of records; None: records are texts alone."""
+    vision_hosts: tuple[str, ...] = ()
+    """Hosts (or host:port) from which pictures are fetched; others come as data: URLs alone."""
+    vision_requests: bool = False
+    """Describe pictures of requests too, to find records; the upstream gets them as they are."""
+    max_picture_bytes: int = Field(default=4 * 2**20, ge=1024)
+    """Max size of a picture that is described."""
+
     # ---- users
     user_headers: tuple[str, ...] = (
         "x-hydra-user",
@@ -145,7 +155,9 @@ class ServeSettings(config.Group):
     scoring_queue: int = Field(default=256, ge=1)
     """Max requests that wait for scoring; further ones are answered without it."""
 
-    @field_validator("user_headers", "user_fields", "cors_origins", "proxy", mode="before")
+    @field_validator(
+        "user_headers", "user_fields", "cors_origins", "proxy", "vision_hosts", mode="before"
+    )
     @classmethod
     def _listed(cls, value: Any) -> Any:
         """Flags and variables hold a list as a text with commas."""
@@ -167,6 +179,14 @@ class ServeSettings(config.Group):
                     f"write an origin as https://app.example, without path: '{origin}'"
                 )
         return origins
+
+    @field_validator("vision_hosts")
+    @classmethod
+    def _hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            if not re.fullmatch(r"[\w.-]+(:\d+)?", host):
+                raise ValueError(f"write a host as images.example.com, without scheme: '{host}'")
+        return tuple(host.lower() for host in hosts)
 
     @field_validator("proxy")
     @classmethod

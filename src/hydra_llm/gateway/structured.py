@@ -63,10 +63,13 @@ def _unread(schema: Any) -> Iterator[str]:
 
 def question_of(messages: Sequence[Message]) -> str:
     """What the user asked last, before calls of tools and their results; '' where none waits."""
-    for message in reversed(messages):
-        if not _is_of_tools(message):
-            return text_of(message) if message.get("role") == "user" else ""
-    return ""
+    return text_of(asking_message(messages))
+
+
+def asking_message(messages: Sequence[Message]) -> Message:
+    """The message with the question; empty where none waits."""
+    last = next((own for own in reversed(messages) if not _is_of_tools(own)), {})
+    return last if last.get("role") == "user" else {}
 
 
 def is_text(choice: Mapping[str, Any]) -> bool:
