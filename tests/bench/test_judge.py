@@ -125,6 +125,7 @@ def test_choices_of_people_are_drawn_alike() -> None:
     taken = [c.own.count(" ") > c.other.count(" ") for c in every]
     assert longer_taken(every) == sum(taken) / len(taken)
     assert by_lot(every, 2, 1) == by_lot(every, 5, 1)[:2]
+    assert len({own.query.user for own in choice_cases(data, 6, 0)}) == 6  # users take turns
 
 
 # ---- without a judge

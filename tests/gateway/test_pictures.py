@@ -16,8 +16,9 @@ from typing import Any
 import httpx2
 import pytest
 
+from hydra_llm.cli.main import run
 from hydra_llm.errors import SettingsError
-from hydra_llm.gateway.picture_cache import FILE
+from hydra_llm.gateway.picture_cache import FILE, keep, kept
 from hydra_llm.gateway.pictures import (
     PictureError,
     Pictures,
@@ -29,6 +30,7 @@ from hydra_llm.gateway.pictures import (
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.store.store import Store
+from hydra_llm.types import Record
 
 from .conftest import Scripted, World, running
 
@@ -177,6 +179,16 @@ async def test_descriptions_go_with_the_record_and_with_the_user(
         assert b"blue whale" not in rows(cache)
         await add(world, [picture(data_url(RED))])
         assert vision.seen == [RED, BLUE, RED]
+
+
+def test_the_command_deletes_descriptions_too(store: Store, cache: Path) -> None:
+    with store.change("ada", create=True) as change:
+        change.add([Record("ada", "p", "At the coast\n[picture] a red lighthouse", "calm")])
+    for text in ("a red lighthouse", "a blue whale"):
+        keep(cache / FILE, text.encode(), text)
+    assert run(["users", "delete", "ada", "--store", store.url]) == 0
+    assert kept(cache / FILE, b"a red lighthouse") is None
+    assert kept(cache / FILE, b"a blue whale") == "a blue whale"
 
 
 async def test_pictures_of_requests_reach_the_upstream(

@@ -9,6 +9,7 @@ methods, and is no metric of the benchmark.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -214,9 +215,13 @@ def mean(values: Sequence[float]) -> float:
 
 
 def by_lot(cases: Sequence[Case], limit: int | None, seed: int) -> list[Case]:
-    """At most `limit` cases; a higher limit adds to those of a lower one."""
-    order = np.random.default_rng(seed).permutation(len(cases))
-    return [cases[place] for place in order[:limit]]
+    """At most `limit` cases, of the users in turn; a higher limit adds to those of a lower one."""
+    turns, order = Counter[str](), list[tuple[int, int]]()
+    for place in np.random.default_rng(seed).permutation(len(cases)).tolist():
+        user = cases[place].query.user
+        order.append((turns[user], place))
+        turns[user] += 1
+    return [cases[place] for _, place in sorted(order, key=lambda own: own[0])[:limit]]
 
 
 def choice_cases(data: DataSet, limit: int | None, seed: int) -> list[Case]:

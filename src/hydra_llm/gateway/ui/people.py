@@ -130,7 +130,7 @@ async def save_record(here: Here, form: Form) -> Response:
         given = {name: _as_kept(text, getattr(record, name)) for name, text in given.items()}
     try:
         sent = valid(RecordIn, id=id or f"own-{token_hex(8)}", **given)
-        added = Record(user, sent.id, sent.input, sent.output)
+        added = Record(user, sent.id, str(sent.input), sent.output)
         same = await run_sync(_store(here).same_record, user, added)
         if same and not id:
             return go(here.http, "/records", user=user, done="unchanged")
