@@ -186,7 +186,7 @@ def test_the_command_deletes_descriptions_too(store: Store, cache: Path) -> None
         change.add([Record("ada", "p", "At the coast\n[picture] a red lighthouse", "calm")])
     for text in ("a red lighthouse", "a blue whale"):
         keep(cache / FILE, text.encode(), text)
-    assert run(["users", "delete", "ada", "--store", store.url]) == 0
+    assert run(["users", "delete", "ada", "--store", str(store.url)]) == 0
     assert kept(cache / FILE, b"a red lighthouse") is None
     assert kept(cache / FILE, b"a blue whale") == "a blue whale"
 
