@@ -114,6 +114,25 @@ def test_unread_replies_and_failed_calls_are_not_guessed() -> None:
         verdicts(Dead(lambda messages, index, rng: ""), [case("a", "b"), case("c", "d")])
 
 
+@pytest.mark.parametrize(
+    ("reply", "vote"),
+    [
+        ("A", 1.0),
+        ("b.", 0.0),
+        ("**Answer B**", 0.0),
+        ("Answer: A", 1.0),
+        ("A is better", 1.0),
+        ("B because it is short", 0.0),
+        ("A person like this would", None),
+        ("Neither", None),
+        ("", None),
+    ],
+)
+def test_replies_are_read(reply: str, vote: float | None) -> None:
+    (found,) = verdicts(RuleLLM(lambda messages, index, rng: reply), [case("x", "y")])
+    assert found.votes[0] == vote
+
+
 def test_choices_of_people_are_drawn_alike() -> None:
     data = choice_data(users=12)
     few, many = choice_cases(data, 3, 0), choice_cases(data, 8, 0)

@@ -44,7 +44,10 @@ QUESTION = (
     "The order of the answers says nothing. Reply with one letter, A or B."
 )
 UNKNOWN = "Nothing is known of this person."
-_LETTER = re.compile(r"\W*(?:answer\W+)?([ab])\b(?!\s+[a-z])", re.IGNORECASE)
+# "A", "**Answer B**", "A is better"; not the article of "A person like this"
+_LETTER = re.compile(
+    r"\W*(?:answer\W+)?([ab])\b(?!\s+(?!(?:is|because|as|since|fits)\b)[a-z])", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
