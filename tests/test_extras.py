@@ -78,6 +78,8 @@ COMMANDS = {
         ["bench", "run", "data", "--out", "run", "--engine", "ray"],
     ],
     "accelerate": [["learn", "data", "--out", "bundle"]],
+    "device": [],  # a library alone
+    "onnx": [["bundles", "export", "bundle", "--onnx", "--out", "phone"]],
     "bench": [
         ["bench", "run", "data", "--llm", "fake:echo", "--out", "run", "--methods", "rag@1"],
         ["bench", "show", "run"],

@@ -40,6 +40,7 @@ BRINGS = {  # extra → the others that it holds
     "bench": ["learn", "openai"],
     "demo": ["bench", "embedded", "learn", "openai"],
     "learn": ["openai"],
+    "onnx": ["device", "learn", "openai"],
     "ray": ["learn", "openai"],
     "report": ["bench", "learn", "openai"],
     "all": [

@@ -27,6 +27,8 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "openvino": ("openvino_genai",),
     "ray": ("ray",),
     "accelerate": ("accelerate",),
+    "device": ("onnxruntime", "tokenizers"),
+    "onnx": ("onnx", "onnxscript"),
     "learn": ("torch", "transformers", "safetensors", "sklearn", "huggingface_hub"),
     "bench": ("scipy", "rouge_score", "sacrebleu"),
     "report": ("altair", "jinja2", "markupsafe", "vl_convert"),
@@ -35,6 +37,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
 HOLDS: Mapping[str, tuple[str, ...]] = {
     "bench": ("learn", "bench"),
     "demo": ("learn", "bench", "embedded"),
+    "onnx": ("learn", "device", "onnx"),
 }
 """Extra → those whose modules it brings, where there are several."""
 _EXTRA_OF = {module: extra for extra, modules in EXTRAS.items() for module in modules}

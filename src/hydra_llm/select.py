@@ -125,11 +125,12 @@ class LearnedSelector(Selector):
         groups, rows = self._encoded(context, readable)
         head = context.heads.get("adapter")
         scores = self.scorer.score(groups, [head])[0][rows]
-        parts = {name: own[rows].numpy() for name, own in self.scorer.parts(groups, head).items()}
+        every = self.scorer.parts(groups, head)
+        parts = {name: np.asarray(own[rows]) for name, own in every.items()}
         shares = self.scorer.shares(scores)
         # Of recorded choices one was taken: no other one is worth a part of it.
         how = "best" if context.query.offered else self.how
-        pick = select(self.task, readable, scores.numpy(), shares.numpy(), how)
+        pick = select(self.task, readable, np.asarray(scores), np.asarray(shares), how)
         scored = list(candidates)
         for place, score, share in zip(places, scores.tolist(), shares.tolist(), strict=True):
             scored[place] = replace(candidates[place], score=score, probability=share)
@@ -149,14 +150,18 @@ class LearnedSelector(Selector):
 
     def groups(self, context: Context, offered: Sequence[Candidate]) -> "Groups":
         """The offered candidates as the scorer reads them."""
-        from hydra_llm.model.interactions import make_groups
-
         if not self.settings.vote_share and self.task.labels:
             offered = [replace(candidate, votes=0, greedy=False) for candidate in offered]
-        query, store = context.query, self.featurizer.features
-        features = self.featurizer.adapter(query, offered, context.vectors)
+        features = self.featurizer.adapter(context.query, offered, context.vectors)
         texts = [candidate_text(self.task, candidate) for candidate in offered]
-        return make_groups(store, self.scorer.interaction, [query.input], [texts], [features])
+        return self.arranged(context.query.input, texts, features)
+
+    def arranged(self, text: str, texts: Sequence[str], side: np.ndarray) -> "Groups":
+        """A query's text, its candidates' texts and their side features [C, E] as one group."""
+        from hydra_llm.model.interactions import make_groups
+
+        store = self.featurizer.features
+        return make_groups(store, self.scorer.interaction, [text], [texts], [side])
 
     def _is_unsure(
         self,

@@ -103,6 +103,26 @@ def show(store: StoreURL = DEFAULT_STORE, as_json: AsJson = False) -> None:
         console.emit({"bundle": bundle}, as_json)
 
 
+@bundles.command()
+def export(
+    bundle: Annotated[Path, Argument(help="Folder of a learned bundle.")],
+    out: Annotated[Path, Option(help="Folder to write; only USER's file if it is there.")],
+    onnx: Annotated[bool, Option("--onnx", help="As graphs in int8, for a device.")] = False,
+    user: Annotated[str | None, Option(help="Whose head and records to write too.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Export the adapter for a device: encoder, scorer and one user's head, without torch."""
+    from hydra_llm.bundle import Bundle
+    from hydra_llm.export import export_onnx
+
+    if not onnx:
+        raise SettingsError("name the format of the export: --onnx")
+    written = export_onnx(Bundle.load(bundle), out, user)
+    if user is not None:
+        console.say(f"{out / 'user.json'} holds records of '{user}'")
+    console.emit(written if as_json else written["files"], as_json)
+
+
 @maintenance.command()
 def migrate(store: StoreURL = DEFAULT_STORE, as_json: AsJson = False) -> None:
     """Migrate the tables to this version, or create them. Back up first; servers may run."""

@@ -210,11 +210,19 @@ class LabelBilinear(Interaction):
         return groups.of_left(self._projected)
 
     def _projected(self, left: Tensor) -> Tensor:
+        return self.at_places(left, None if self.known is None else self.places_of(left))
+
+    def places_of(self, left: Tensor) -> Tensor:
+        """[G] the places of vectors [G, D] among the known texts, −1 for others."""
+        assert self.known is not None
+        return (places_near if self.rounded else places_among)(left, self.known)
+
+    def at_places(self, left: Tensor, places: Tensor | None) -> Tensor:
+        """As `forward`, of vectors [G, D] whose places [G] among the known texts are given."""
         z = (left - self.mean) @ self.project.T
         parts = [z, torch.ones_like(z[:, :1])]
-        if self.known is not None:
-            find = places_near if self.rounded else places_among
-            parts.append(find(left, self.known)[:, None].to(z.dtype))
+        if places is not None:
+            parts.append(places[:, None].to(z.dtype))
         return torch.cat(parts, -1)
 
     def encode(self, store: FeatureCache, lefts: Texts, rights: Sequence[Texts]) -> Encoded:
