@@ -17,14 +17,12 @@ from hydra_llm.bundle import Bundle
 from hydra_llm.device import Device
 from hydra_llm.export import export_onnx
 from hydra_llm.model.interactions import LabelBilinear
-from hydra_llm.tasks.base import Task
 from hydra_llm.types import Candidate
 from tests.test_examples import EXAMPLES, module
 
 from .test_device import STARS, TEXTS, bundle_of
 
 pytestmark = pytest.mark.slow
-TAGS = Task("tags", "classification", "Tag? {input}", ("a", "b", "c"))
 QUESTIONS = [
     TEXTS[0],  # of a record, and among the known texts
     TEXTS[55],
@@ -47,13 +45,11 @@ def chromium() -> Iterator[Any]:
         opened.close()
 
 
-@pytest.fixture(scope="module", params=[STARS, TAGS], ids=["ratings", "labels"])
-def phone(
-    request: pytest.FixtureRequest, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+@pytest.fixture(scope="module")
+def phone(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     interaction = LabelBilinear(16, 3, 6, codes=2, texts=2, own_rank=4)
-    bundle_of(request.param, tiny_folder, interaction, "linear").save(folder / "bundle")
+    bundle_of(STARS, tiny_folder, interaction, "linear").save(folder / "bundle")
     export_onnx(Bundle.load(folder / "bundle", cache=folder), folder / "phone", "ada")
     return folder / "phone"
 

@@ -11,6 +11,7 @@ from typer import Argument, Option
 from hydra_llm.cli import console
 from hydra_llm.cli.options import DEFAULT_STORE, AsJson, StoreURL, open_store
 from hydra_llm.errors import SettingsError
+from hydra_llm.extras import require
 
 if TYPE_CHECKING:
     from hydra_llm.store.values import Key
@@ -112,6 +113,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Export the adapter for a device: encoder, scorer and one user's head, without torch."""
+    require("onnx", "an export to ONNX")  # before a bundle asks for `learn`
     from hydra_llm.bundle import Bundle
     from hydra_llm.export import export_onnx
 
