@@ -17,7 +17,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,9 +79,13 @@ def export_onnx(bundle: Bundle, folder: Path, user: str | None = None) -> dict[s
 
 
 def _present(folder: Path) -> dict[str, Any] | None:
-    """The manifest of an earlier export; BundleError for a folder of other things."""
+    """The manifest of an earlier export, None if it is damaged; BundleError for a folder of other
+    things.
+    """
     if (folder / MANIFEST).is_file():
-        return read_manifest(folder)
+        with suppress(BundleError):
+            return read_manifest(folder)
+        return None
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BundleError(f"{folder}: holds other things than an export: choose another folder")
     return None

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from torch import Tensor
 
 from hydra_llm import device as device_module
 from hydra_llm.bundle import Bundle
@@ -23,6 +24,7 @@ from hydra_llm.model.encoder import open_encoder
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.head import Head
 from hydra_llm.model.heads import make_head
+from hydra_llm.model.heads.bias import BiasHead
 from hydra_llm.model.heads.linear import LinearHead
 from hydra_llm.model.interactions import Cross, Interaction, LabelBilinear, Tower
 from hydra_llm.model.scorer import Scorer
@@ -217,6 +219,15 @@ def test_other_heads_and_features_are_expressed(
     write_scorer(scorer, tmp_path / "scorer.onnx")  # which compares the scores of both
 
 
+class Odd(BiasHead):
+    """A plug-in whose score depends on a number's sign, which no graph has."""
+
+    name = "odd"
+
+    def score_numbers(self, interaction: Interaction, x: Tensor, numbers: Tensor) -> Tensor:
+        return super().score_numbers(interaction, x, numbers if numbers.sum() > 0 else -numbers)
+
+
 def test_what_cannot_be_expressed_is_one_line_that_names_it(
     tiny_folder: Path, longformer_folder: Path, tmp_path: Path
 ) -> None:
@@ -226,6 +237,9 @@ def test_what_cannot_be_expressed_is_one_line_that_names_it(
     unsure = replace(bundle, settings=Settings(abstention_threshold=1.0))
     with pytest.raises(BundleError, match="'abstention_threshold' needs the head's posterior"):
         export_onnx(unsure, tmp_path / "a")
+    odd = randomized(Scorer(Tower(16, 8), Odd(8), ("cosine",)))
+    with pytest.raises(BundleError, match="head 'odd' of the adapter cannot be exported to ONNX: "):
+        write_scorer(odd, tmp_path / "scorer.onnx")
     with pytest.raises(BundleError, match="no adapter"):
         export_onnx(replace(bundle, scorers={}), tmp_path / "a")
     with pytest.raises(UnknownUser, match="unknown user 'eve'"):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from view_page import browser
 
@@ -91,3 +92,14 @@ def test_the_page_picks_as_the_device_does(chromium: Any, phone: Path, address: 
     bodies = [json.loads(body) for _, body in sent if body]
     assert [list(body) for body in bodies] == [["input"]] * len(QUESTIONS)
     assert not any("user.json" in url for url, _ in sent)
+
+
+def test_the_client_picks_what_the_device_picks(phone: Path, address: str) -> None:
+    reply = httpx2.post(f"{address}candidates", json={"input": QUESTIONS[1]})
+    candidates = [Candidate(**own) for own in reply.json()["candidates"]]
+    chosen = Device.load(phone).choose(QUESTIONS[1], candidates)
+    picked = module("on-device/pick").pick(phone, QUESTIONS[1], address.rstrip("/"))
+    assert picked == candidates[chosen.chosen].answer
+    assert httpx2.post(f"{address}candidates", json=["no"]).status_code == 400
+    for path in ("phone/user.json", "npm/../server.py", "phone/../bundle/config.json"):
+        assert httpx2.get(address + path).status_code == 404
