@@ -45,7 +45,7 @@ from hydra_llm.device import (
 from hydra_llm.errors import BundleError, UnknownUser
 from hydra_llm.model.encoder import Encoder
 from hydra_llm.model.groups import Groups
-from hydra_llm.model.interactions import LabelBilinear, places_among
+from hydra_llm.model.interactions import LabelBilinear
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.text import json_text
 from hydra_llm.types import ALWAYS
@@ -162,7 +162,7 @@ def known_texts(bundle: Bundle, scorer: Scorer) -> dict[str, int]:
         return {}
     texts = sorted({own.input for records in bundle.records.values() for own in records})
     vectors = torch.from_numpy(bundle.features.texts(texts))
-    places = places_among(vectors, interaction.known).tolist()
+    places = interaction.places_of(vectors).tolist()
     return {text_digest(text): p for text, p in zip(texts, places, strict=True) if p >= 0}
 
 
