@@ -27,6 +27,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "openvino": ("openvino_genai",),
     "ray": ("ray",),
     "accelerate": ("accelerate",),
+    "drift": ("river",),
     "learn": ("torch", "transformers", "safetensors", "sklearn", "huggingface_hub"),
     "bench": ("scipy", "rouge_score", "sacrebleu"),
     "report": ("altair", "jinja2", "markupsafe", "vl_convert"),

@@ -17,12 +17,14 @@ from starlette.middleware.cors import CORSMiddleware
 from hydra_llm import __version__
 from hydra_llm.config import Settings, load_settings
 from hydra_llm.errors import HydraError
+from hydra_llm.extras import require
 from hydra_llm.gateway import (
     admin_routes,
     forward,
     health,
     mcp_routes,
     message_routes,
+    next_question,
     openai_routes,
     record_routes,
     response_routes,
@@ -35,6 +37,7 @@ from hydra_llm.gateway.deployment import folder_of, open_deployment
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.middleware import ERRORS, AccessMiddleware, RootPath, error_response
 from hydra_llm.gateway.pictures import open_pictures
+from hydra_llm.gateway.next_question import read_pool
 from hydra_llm.gateway.request_log import RequestLog
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.spend import FLUSH_SECONDS, Ledger, minute_of
@@ -74,6 +77,8 @@ def make_app(
     no such bundle, `StoreError` if the store fails.
     """
     settings = settings or ServeSettings()
+    if settings.detect_changes:
+        require("drift", "the setting detect_changes")
     active, reads = store.bundle(), TimedReads(settings.store_timeout)
     folder = folder_of(active) if active else bundle
     here = here or load_settings()
@@ -89,9 +94,19 @@ def make_app(
     app.state.gateway, app.state.readiness = gateway, health.Readiness(gateway)
     app.state.worker = Worker(store, lambda: gateway.deployment, llm, ledger)
     app.state.embedder = Embedder()
+    pool = settings.question_pool
+    app.state.question_pool = read_pool(pool) if pool else ()
     _add_dashboard(app, gateway, access or Access())
-    about_users = (record_routes, user_routes, admin_routes, spend_routes, mcp_routes, health)
-    for module in (openai_routes, response_routes, message_routes, *about_users, forward):
+    about_users = (record_routes, user_routes, next_question, admin_routes, spend_routes)
+    for module in (
+        openai_routes,
+        response_routes,
+        message_routes,
+        *about_users,
+        mcp_routes,
+        health,
+        forward,
+    ):
         app.include_router(module.router)
     for kind in ERRORS:
         app.add_exception_handler(kind, error_response)

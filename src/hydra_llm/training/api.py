@@ -119,6 +119,7 @@ async def afit(
     settings: Settings | None = None,
     progress: StageProgress = silent,
     kept: Mapping[str, KeptFit] | None = None,
+    changed: Mapping[str, int] | None = None,
 ) -> Learned:
     """Fit the heads of new users on their histories; with a bundle's path, write the bundle back.
 
@@ -127,6 +128,8 @@ async def afit(
 
     `kept`: the `kept` of an earlier result, or an empty dict, so that the result has one. Where a
     user's history has only grown at its end, just the new records are labelled and encoded.
+    `changed`, with `kept`: how many of a user's records came before a change of taste; these count
+    a tenth.
 
     Raises SettingsError: `settings` change what was fixed in learning; `Bundle.settings_with` makes
     some that do not. UnknownUser: a user whom the data set does not have. DataError: the data set
@@ -144,6 +147,7 @@ async def afit(
     few = dict(own) if len(own) <= LATEST else own
     given = replace(given, records=Overlaid(few, given.records))
     learned, features = Learned(given, tuple(names), notes=lacking), given.features
+    learned.changed = changed or {}
     features.progress = partial(progress, STAGE)
     await Work(learned, model, progress, kept=kept).fit()
     features.progress = None
@@ -211,6 +215,11 @@ def _opened(
         raise SettingsError(f"tune_encoder needs features=cross: {fault}")
     if chosen.tune_encoder and chosen.encoder_precision not in ("auto", "fp32"):
         raise SettingsError(f"tune_encoder needs fp32, not {chosen.encoder_precision}")
+    if chosen.discount != "none" and (
+        chosen.loss == "binary" or not HEADS.load(chosen.head).convex
+    ):
+        fix = "it weighs groups in a convex fit; take loss=listwise and another head, or none"
+        raise SettingsError(f"setting 'discount' needs loss=listwise and a convex head: {fix}")
     if chosen.labelling == "adaptive" and (
         chosen.tune_encoder or not HEADS.load(chosen.head).convex
     ):

@@ -28,6 +28,7 @@ from hydra_llm.training.dataset import (
     in_set_order,
     make_training_set,
 )
+from hydra_llm.training.discounts import rates_of
 from hydra_llm.training.sgd import TextSource, fit_unseen, held_out_users, seeded, train_jointly
 from hydra_llm.training.strengths import Keep, Strengths, cross_fitted_losses, fit_scorer, unkept
 
@@ -85,6 +86,7 @@ def train_scorer(
         bundle = replace(bundle, population=fit_stats(bundle.task, bundle.features, histories))
         labelled = training_set(bundle, data.rule, scorer, data.groups(bundle.featurizer))
     if head.convex:
+        strengths = replace(strengths, discounts=rates_of(bundle.settings))
         unseen = held_out_users(labelled, config) if trains else ()
         options: dict[str, Any] = {"seed": config.seed, "unseen": unseen, "strengths": strengths}
         options["rank"] = rank_of_prior(bundle, by_label=data.by_label)
