@@ -1,6 +1,6 @@
 """Users whose taste changes, and the questions that tell most about a new one.
 
-    python benchmarks/changing_taste.py DATA [--only NAME ...] [--base 120] [--users 60] [--json]
+    python benchmarks/changing_taste.py DATA [--only NAME ...] [--base 300] [--users 100] [--json]
 
 DATA is the folder of the data sets (`DATA/opinion`, ...), which are not part of this repository.
 The adapter is learned from `--base` training users without an LLM. Evaluated are users whom it has
@@ -10,7 +10,7 @@ not seen: other training users for what is chosen here, and new users (the split
 chosen by `hydra_llm.model.questions`, or by lot (the mean of 3 draws). The gain is that of the
 answers to the user's queries over those without a record; its share is that of all records' gain.
 
-`change`: two users glued together: 20 records of one, then 30 of another. Each record is predicted
+`change`: two users glued together: 50 records of one, then 30 of another. Each record is predicted
 by a head that is fitted to those before it, 3 records at a time. `excess` is the log-loss less that
 of the same records where the second user's own first 20 came before them, by a head without a
 discount; the change is made up for where the excess, as the mean of 6 records, is at most a tenth
@@ -56,8 +56,8 @@ from hydra_llm.types import Query, Record
 
 SETS = ("opinion", "movie_rating", "news_category")
 ANSWERS, DRAWS = 10, 3
-BEFORE, AFTER, BLOCK, SMOOTH, RECENT, FIRST = 20, 30, 3, 2, 20, 5  # records; SMOOTH: blocks
-FIXED = 0.95
+OTHERS, BEFORE, AFTER, BLOCK, SMOOTH, RECENT = 50, 20, 30, 3, 2, 20  # SMOOTH: blocks
+FIXED = 0.97
 RESAMPLES = 2000
 STRENGTHS = Strengths(ridges=(10.0, 100.0), precisions=(3.0, 30.0, 1000.0), bases=(30.0,), steps=2)
 Histories = Mapping[str, Sequence[Record]]
@@ -173,10 +173,13 @@ def shares(worth: np.ndarray) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Way:
-    """What counts less: by age, before a detected change, or all but the latest records."""
+    """What counts less: by age, before a change that is detected or `told`, or all but the latest
+    records.
+    """
 
     rate: float | None = None
     detects: bool = False
+    told: bool = False
     recent: int | None = None
     stays: float = STAYS
     delta: float | None = None
@@ -187,11 +190,11 @@ def histories(data: DataSet, names: Sequence[str]) -> tuple[Histories, Histories
     later records after the user's own.
     """
     full = {name: in_order(data.history(name)) for name in names}
-    full = {name: own for name, own in full.items() if len(own) >= BEFORE + AFTER}
+    full = {name: own for name, own in full.items() if len(own) >= max(OTHERS, BEFORE + AFTER)}
     glued, alike, order = {}, {}, list(full)
     for before, name in zip([order[-1], *order], order, strict=False):
         later = full[name][BEFORE : BEFORE + AFTER]
-        glued[name] = dated(name, [*full[before][:BEFORE], *later])
+        glued[name] = dated(name, [*full[before][:OTHERS], *later])
         alike[name] = dated(name, [*full[name][:BEFORE], *later])
     return glued, alike
 
@@ -206,14 +209,16 @@ def dated(user: str, records: Sequence[Record]) -> list[Record]:
 
 
 def course(bundle: Bundle, table: TrainingSet, way: Way) -> np.ndarray:
-    """[U, T] the log-loss of each record after the first ones, by a head of those before it."""
+    """[U, AFTER] the log-loss of each of the later records, by a head of those before it."""
+    total = int(table.positions.max()) + 1
     scorer, names = bundle.scorers["adapter"], table.names()
     found: dict[str, list[float]] = {name: [] for name in names}
-    for start in range(FIRST, BEFORE + AFTER, BLOCK):
+    rises: dict[str, list[float]] = {name: [] for name in names}  # less those of the shared head
+    for start in range((total - AFTER) % BLOCK or BLOCK, total, BLOCK):
         early = table.take((table.positions < start).nonzero()[:, 0])
         late = (table.positions >= start) & (table.positions < start + BLOCK)
         late_ones = table.take(late.nonzero()[:, 0])
-        changed = {name: changed_at(way, found[name]) for name in names}
+        changed = {name: changed_at(way, rises[name], start, total - AFTER) for name in names}
         heads: dict[str, Head] = {}
         for problem in head_problems(scorer, early, names):
             known, places = problem.mask.any(-1), torch.arange(problem.mask.shape[1])
@@ -223,22 +228,24 @@ def course(bundle: Bundle, table: TrainingSet, way: Way) -> np.ndarray:
             weight = weight.where(places >= since, way.stays * weight)
             if way.recent is not None:
                 weight = weight * (places >= start - way.recent)
-            own = replace(problem, target=problem.target * weight[..., None])
-            fits = zip(own.users, scorer.head.fit(own), strict=True)
+            weighed = replace(problem, target=problem.target * weight[..., None])
+            fits = zip(weighed.users, scorer.head.fit(weighed), strict=True)
             heads |= {user: Head.of(numbers) for user, numbers in fits}
-        for user, loss in zip(
-            late_ones.users, log_losses(bundle, late_ones, heads).tolist(), strict=True
-        ):
-            found[user].append(loss)
-    return np.array([found[name] for name in names])
+        own, shared = log_losses(bundle, late_ones, heads), log_losses(bundle, late_ones, {})
+        for user, loss, rise in zip(late_ones.users, own, own - shared, strict=True):
+            found[user].append(float(loss))
+            rises[user].append(float(rise))
+    return np.array([found[name] for name in names])[:, -AFTER:]
 
 
-def changed_at(way: Way, found: Sequence[float]) -> int:
-    """The first position after the detected change; 0 without one."""
+def changed_at(way: Way, found: Sequence[float], start: int, change: int) -> int:
+    """The first position after the change, as far as it is known; 0 without one."""
+    if way.told and start > change:
+        return change
     if not way.detects:
         return 0
     at = change_of(found) if way.delta is None else change_of(found, way.delta)
-    return 0 if at is None else FIRST + at
+    return 0 if at is None else at + start - len(found)
 
 
 def change(bundle: Bundle, data: DataSet, names: Sequence[str], ways: Any) -> dict[str, Any]:
@@ -247,13 +254,13 @@ def change(bundle: Bundle, data: DataSet, names: Sequence[str], ways: Any) -> di
         table_of(bundle, [own for each in part.values() for own in weak(bundle, each)])
         for part in histories(data, names)
     )
-    plain = course(bundle, alike, Way())[:, BEFORE - FIRST :]
-    first = course(bundle, glued, Way())[:, BEFORE - FIRST :] - plain
+    plain = course(bundle, alike, Way())
+    first = course(bundle, glued, Way()) - plain
     level = 0.1 * first[:, : BLOCK * SMOOTH].mean()
     out: dict[str, Any] = {"users": len(plain), "log_loss": round(float(plain.mean()), 4)}
     for name, way in ways.items():
-        after = course(bundle, glued, way)[:, BEFORE - FIRST :] - plain
-        still = course(bundle, alike, way)[:, BEFORE - FIRST :]
+        after = course(bundle, glued, way) - plain
+        still = course(bundle, alike, way)
         both = np.stack([still.mean(1), plain.mean(1)], 1)
         blocks = after.reshape(len(after), -1, BLOCK).mean(-1)
         out[name] = {
@@ -293,6 +300,7 @@ def measured(data: DataSet, args: argparse.Namespace) -> dict[str, Any]:
         "no discount": Way(),
         "recent records": Way(recent=RECENT),
         f"discount {FIXED}": Way(FIXED),
+        "told": Way(told=True),
         "detector": Way(detects=True),
         "detector and discount": Way(FIXED, detects=True),
     }
@@ -319,8 +327,8 @@ def main() -> None:
     parser = options(__doc__, runs=1)
     parser.add_argument("data", type=Path)
     parser.add_argument("--only", nargs="+", default=list(SETS))
-    parser.add_argument("--base", type=int, default=120)
-    parser.add_argument("--users", type=int, default=60)
+    parser.add_argument("--base", type=int, default=300)
+    parser.add_argument("--users", type=int, default=100)
     parser.add_argument("--cache", type=Path, default=Path(gettempdir()) / "changing_taste")
     args = parser.parse_args()
     torch.set_num_threads(1)

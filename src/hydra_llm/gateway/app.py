@@ -50,6 +50,7 @@ from hydra_llm.gateway.upstream import Upstream
 from hydra_llm.gateway.user_cache import TimedReads
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.prices import load_prices
+from hydra_llm.model.change import change_of
 from hydra_llm.model.feature_cache import erase_features
 from hydra_llm.store.removals import Listener
 from hydra_llm.store.store import Store
@@ -79,6 +80,7 @@ def make_app(
     settings = settings or ServeSettings()
     if settings.detect_changes:
         require("drift", "the setting detect_changes")
+        change_of([0.0])  # imports river now, and not at the first feedback
     active, reads = store.bundle(), TimedReads(settings.store_timeout)
     folder = folder_of(active) if active else bundle
     here = here or load_settings()

@@ -108,8 +108,8 @@ def first_after_change(judged: Sequence[StoredFeedback]) -> StoredFeedback | Non
     """The first feedback, of a user's latest in order, after the user's taste has changed; None
     where it has not. Feedback of which no loss is known tells nothing.
     """
-    known = [own for own in judged if own.content.get("loss") is not None]
-    count = change_of([own.content["loss"] for own in known])
+    known = [own for own in judged if own.content.get("rise") is not None]
+    count = change_of([own.content["rise"] for own in known])
     return None if count is None else known[count]
 
 

@@ -200,21 +200,21 @@ class _Feedback:
             return judged, {}
         first = None
         if self.detects:
-            content["loss"] = self._loss(state, judged)
+            content["rise"] = self._rise(state, judged)
             known = [own for own in state.judged if own.request != judged.request]
             known = sorted([*known, judged], key=lambda own: (own.created, own.request))
             first = first_after_change(known)
         heads = heads_after(bundle, user.name, user.heads, [*others, judged], first)
         return judged, heads | mark_of(first)
 
-    def _loss(self, state: _State, judged: StoredFeedback) -> float | None:
-        """As `loss_of`; of the same feedback that was given before, what it was then."""
+    def _rise(self, state: _State, judged: StoredFeedback) -> float | None:
+        """As `rise_of`; of the same feedback that was given before, what it was then."""
         for own in state.judged:
             if own.request == judged.request and own.content["group"] == judged.content["group"]:
-                known: float | None = own.content.get("loss")
+                known: float | None = own.content.get("rise")
                 return known
         assert self.deployment.bundle is not None
-        return loss_of(self.deployment.bundle, state.user.name, state.user.heads, judged)
+        return rise_of(self.deployment.bundle, state.user.name, state.user.heads, judged)
 
     @property
     def agrees(self) -> bool:
@@ -288,13 +288,16 @@ def with_choices(records: Sequence[Record], judged: Sequence[StoredFeedback]) ->
     return list(map(as_it_was, records))
 
 
-def loss_of(bundle: "Bundle", user: str, heads: Heads, judged: StoredFeedback) -> float | None:
-    """The log-loss of what a user wanted by the head that has not learned it; None: not known."""
-    data = _judged_groups(bundle, user, [judged])
-    if not len(data) or not bool(data.informative[0]) or bundle.scorers["adapter"].loss == "binary":
+def rise_of(bundle: "Bundle", user: str, heads: Heads, judged: StoredFeedback) -> float | None:
+    """As `change_of` takes it: of what the user wanted, the log-loss by the head that has not
+    learned it, less that by the shared head. None where it is not known.
+    """
+    data, scorer = _judged_groups(bundle, user, [judged]), bundle.scorers["adapter"]
+    if not bool(data.informative.any()) or scorer.loss == "binary":
         return None
-    scores = bundle.scorers["adapter"].score(data.groups, [heads.get("adapter")]).log_softmax(-1)
-    return -float((data.target * scores.masked_fill(~data.groups.mask, 0.0)).sum())
+    both = [scorer.score(data.groups, [head]) for head in (heads.get("adapter"), None)]
+    own, shared = (scores.log_softmax(-1).where(data.groups.mask, 0.0) for scores in both)
+    return float((data.target * (shared - own)).sum())
 
 
 def heads_after(

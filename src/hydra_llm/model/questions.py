@@ -5,7 +5,8 @@
 S is the covariance of the head's coordinates by the prior and the questions that the user has
 answered, W = diag(p) − ppᵀ at the present scores (Laplace), t the questions of the pool: twice by
 how much an answer to q lowers the expected log-loss over the pool, to second order (V-optimal
-design; Cohn, Ghahramani and Jordan 1996). Letters: N questions, C candidates, K coordinates of a head.
+design; Cohn, Ghahramani and Jordan 1996).
+Letters: N questions, C candidates, K coordinates of a head.
 """
 
 from collections.abc import Iterator
