@@ -17,7 +17,6 @@ from starlette.middleware.cors import CORSMiddleware
 from hydra_llm import __version__
 from hydra_llm.config import Settings, load_settings
 from hydra_llm.errors import HydraError
-from hydra_llm.extras import require
 from hydra_llm.gateway import (
     admin_routes,
     forward,
@@ -34,6 +33,7 @@ from hydra_llm.gateway import (
 from hydra_llm.gateway.activity import ACTIVITY_DAYS
 from hydra_llm.gateway.auth import Access
 from hydra_llm.gateway.deployment import folder_of, open_deployment
+from hydra_llm.gateway.drift import check_detector
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.middleware import ERRORS, AccessMiddleware, RootPath, error_response
 from hydra_llm.gateway.pictures import open_pictures
@@ -50,7 +50,6 @@ from hydra_llm.gateway.upstream import Upstream
 from hydra_llm.gateway.user_cache import TimedReads
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.prices import load_prices
-from hydra_llm.model.change import change_of
 from hydra_llm.model.feature_cache import erase_features
 from hydra_llm.store.removals import Listener
 from hydra_llm.store.store import Store
@@ -59,6 +58,9 @@ WATCH_SECONDS = 0.5  # so that a deletion reaches every server within a second
 PRUNE_SECONDS = 600.0
 COUNT_SECONDS = 10.0
 DAY = 86400.0
+
+ABOUT_USERS = (record_routes, user_routes, next_question, admin_routes, spend_routes, mcp_routes)
+ROUTES = (openai_routes, response_routes, message_routes, *ABOUT_USERS, health, forward)
 
 
 def make_app(
@@ -79,11 +81,9 @@ def make_app(
     """
     settings = settings or ServeSettings()
     if settings.detect_changes:
-        require("drift", "the setting detect_changes")
-        change_of([0.0])  # imports river now, and not at the first feedback
+        check_detector()
     active, reads = store.bundle(), TimedReads(settings.store_timeout)
-    folder = folder_of(active) if active else bundle
-    here = here or load_settings()
+    here, folder = here or load_settings(), folder_of(active) if active else bundle
     deployment = open_deployment(store, reads, folder, settings, here)
     telemetry = Telemetry(tracing or open_tracing(settings.traces))
     ledger = Ledger(store, load_prices(here.prices), telemetry)
@@ -96,19 +96,9 @@ def make_app(
     app.state.gateway, app.state.readiness = gateway, health.Readiness(gateway)
     app.state.worker = Worker(store, lambda: gateway.deployment, llm, ledger)
     app.state.embedder = Embedder()
-    pool = settings.question_pool
-    app.state.question_pool = read_pool(pool) if pool else ()
+    app.state.question_pool = read_pool(settings.question_pool)
     _add_dashboard(app, gateway, access or Access())
-    about_users = (record_routes, user_routes, next_question, admin_routes, spend_routes)
-    for module in (
-        openai_routes,
-        response_routes,
-        message_routes,
-        *about_users,
-        mcp_routes,
-        health,
-        forward,
-    ):
+    for module in ROUTES:
         app.include_router(module.router)
     for kind in ERRORS:
         app.add_exception_handler(kind, error_response)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hydra_llm.extras import require
 from hydra_llm.gateway.activity import FEEDBACK, HOUR, WANTED
 from hydra_llm.model.change import change_of
 from hydra_llm.model.head import Head
@@ -118,3 +119,9 @@ def mark_of(first: StoredFeedback | None) -> dict[str, Head]:
     if first is None:
         return {}
     return {CHANGED: Head.of(np.zeros(0), first.content.get("visible", 0))}
+
+
+def check_detector() -> None:
+    """Raise MissingExtra unless changes can be found; imports now what the first feedback needs."""
+    require("drift", "the setting detect_changes")
+    change_of([0.0])

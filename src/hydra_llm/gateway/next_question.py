@@ -15,8 +15,10 @@ MOST = 500  # texts of a pool
 router = APIRouter(prefix="/v1", tags=["users"])
 
 
-def read_pool(file: File) -> tuple[str, ...]:
+def read_pool(file: File | None) -> tuple[str, ...]:
     """The texts of a pool, one per line. DataError: it cannot be read, or has none, or too many."""
+    if file is None:
+        return ()
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:

@@ -110,11 +110,7 @@ class Worker:
             feedback = self._store.unlearned_feedback(job.user, bundle=deployment.id)
             learned = [item for item in feedback if f"{FEEDBACK_ID}{item.request}" in ids]
             judged = [item for item in feedback if item not in learned]
-            first = first_after_change(
-                self._store.unlearned_feedback(
-                    job.user, FEEDBACK_WINDOW, bundle=deployment.id, or_learned=True
-                )
-            )
+            first = self._first_after_change(job.user, deployment.id)
             mark = mark_of(first)
             features = FeatureCache(base.encoder, base.path)
             features.keep = False
@@ -137,6 +133,10 @@ class Worker:
                     change.mark_learned([item.request for item in learned])
                 return
         raise HydraError("the user changes faster than heads are fitted")
+
+    def _first_after_change(self, user: str, bundle: str) -> StoredFeedback | None:
+        which: Any = {"bundle": bundle, "or_learned": True}
+        return first_after_change(self._store.unlearned_feedback(user, FEEDBACK_WINDOW, **which))
 
     def _fitted(
         self,

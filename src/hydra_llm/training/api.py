@@ -126,10 +126,9 @@ async def afit(
     `users` defaults to the data set's new users (split `test`). Heads of users who have one are
     fitted anew. A user without records gets the shared head.
 
-    `kept`: the `kept` of an earlier result, or an empty dict, so that the result has one. Where a
-    user's history has only grown at its end, just the new records are labelled and encoded.
-    `changed`, with `kept`: how many of a user's records came before a change of taste; these count
-    a tenth.
+    `kept`: that of an earlier result, or an empty dict: where a history has only grown at its end,
+    just the new records are labelled and encoded. `changed`, beside it: how many of a user's
+    records came before a change of taste; these count a tenth.
 
     Raises SettingsError: `settings` change what was fixed in learning; `Bundle.settings_with` makes
     some that do not. UnknownUser: a user whom the data set does not have. DataError: the data set
@@ -146,11 +145,10 @@ async def afit(
     lacking = _lacking(names, with_records, "have no records: they get the shared head")
     few = dict(own) if len(own) <= LATEST else own
     given = replace(given, records=Overlaid(few, given.records))
-    learned, features = Learned(given, tuple(names), notes=lacking), given.features
-    learned.changed = changed or {}
-    features.progress = partial(progress, STAGE)
+    learned = Learned(given, tuple(names), notes=lacking, changed=changed or {})
+    given.features.progress = partial(progress, STAGE)
     await Work(learned, model, progress, kept=kept).fit()
-    features.progress = None
+    given.features.progress = None
     if not isinstance(bundle, Bundle):
         learned.bundle.save_users(bundle, names)
     return learned

@@ -109,20 +109,17 @@ def fit_scorer(
     unless an isotropic one is better for held-out users.
     """
     plain = data.take((~data.voted).nonzero()[:, 0]) if data.partly_voted else data
-    report = FitReport(users=len(names := plain.names()), groups=len(plain))
+    report = FitReport(len(names := plain.names()), len(plain), discount=scorer.rate)
     used = _folds_of(plain, [list(unseen)] if unseen else _parts(plain, seed))
     rank = rank if scorer.head.learns_prior and scorer.loss == "listwise" else 0
     fits = len(strengths.ridges) * len(_side_ridges(plain, strengths)) + 4
     fits += len(strengths.bases) if rank else 0
     base = _Base(scorer, plain, used, report, Steps(fits * len(used) + 1, done), rank, {})
-    set_discount(scorer, strengths.discounts[0])
     if base.folds:
         base.choose_strengths(strengths)
     if rank:
         report.prior = "learned" if report.prior_steps else _why_isotropic(report)
     scorer.prior_precision = torch.tensor(report.precision)
-    if base.folds:
-        choose_discount(scorer, strengths.discounts, report, base.later_losses)
     scorer.head.tune(map(base.problems_of, base.folds), len(base.folds))
     if base.folds:
         base.evaluate()
@@ -293,12 +290,15 @@ class _Base(NamedTuple):
         return torch.cat(losses), [user for part in held_out for user in part.late.users]
 
     def choose_strengths(self, tried: Strengths) -> None:
-        """The ridges, then the learned prior, then the precision."""
+        """The ridges, then the learned prior, then the precision, then the discount by age."""
+        set_discount(self.scorer, tried.discounts[0])
         self.choose_ridges(tried)
         if self.rank:
             self.choose_basis(tried)
         if self.scorer.head.has_precision:
             self.choose_precision(tried)
+        self.scorer.prior_precision = torch.tensor(self.report.precision)
+        choose_discount(self.scorer, tried.discounts, self.report, self.later_losses)
 
     def choose_ridges(self, tried: Strengths) -> None:
         """The ridges of the base, by the loss of users whom it has not seen. Where side weights
