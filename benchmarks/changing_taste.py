@@ -18,7 +18,7 @@ of that of the first 6 without a discount. `price` is what a way costs users who
 shares of their log-loss. `chosen_rate` is that of the discount with the least log-loss of training
 users who never change; no discount is among the choices.
 
-Intervals (95 %) resample users. A warm cache of features and one core: about two minutes.
+Intervals (95 %) resample users. With a warm cache of features (`--cache`) two minutes of CPU.
 """
 
 import argparse
@@ -266,17 +266,17 @@ def change(bundle: Bundle, data: DataSet, names: Sequence[str], ways: Any) -> di
         out[name] = {
             "excess": [round(float(x), 4) for x in blocks.mean(0)],
             "mean_excess": interval(after.mean(1), np.mean),
-            "recovered_after": interval(blocks, lambda rows: recovered(rows.mean(0), level)),
+            "recovered_after": recovered(blocks.mean(0), level),
             "price": interval(both, lambda rows: rows[:, 0].mean() / rows[:, 1].mean() - 1),
         }
     return out
 
 
-def recovered(blocks: np.ndarray, level: float) -> float:
-    """Records until the mean of SMOOTH blocks is at most the level; NaN: not within them."""
+def recovered(blocks: np.ndarray, level: float) -> float | None:
+    """Records until the mean of SMOOTH blocks is at most the level; None: not within them."""
     smooth = np.convolve(blocks, np.ones(SMOOTH) / SMOOTH, "valid")
     places = (smooth <= level).nonzero()[0]
-    return float(places[0] * BLOCK) if len(places) else float("nan")
+    return float(places[0] * BLOCK) if len(places) else None
 
 
 def chosen_rate(bundle: Bundle, data: DataSet, names: Sequence[str]) -> float | None:

@@ -125,7 +125,6 @@ async def afit(
 
     `users` defaults to the data set's new users (split `test`). Heads of users who have one are
     fitted anew. A user without records gets the shared head.
-
     `kept`: that of an earlier result, or an empty dict: where a history has only grown at its end,
     just the new records are labelled and encoded. `changed`, beside it: how many of a user's
     records came before a change of taste; these count a tenth.
@@ -141,10 +140,9 @@ async def afit(
     given.check_precision()
     given.check_task(data.task)
     names = data.users("test") if users is None else _known(list(dict.fromkeys(users)), data)
-    own, with_records = data.histories(names), set(data.with_records())
-    lacking = _lacking(names, with_records, "have no records: they get the shared head")
-    few = dict(own) if len(own) <= LATEST else own
-    given = replace(given, records=Overlaid(few, given.records))
+    own, fate = data.histories(names), "have no records: they get the shared head"
+    lacking, few = _lacking(names, set(data.with_records()), fate), len(own) <= LATEST
+    given = replace(given, records=Overlaid(dict(own) if few else own, given.records))
     learned = Learned(given, tuple(names), notes=lacking, changed=changed or {})
     given.features.progress = partial(progress, STAGE)
     await Work(learned, model, progress, kept=kept).fit()

@@ -95,10 +95,8 @@ def train_scorer(
     else:
         fit_report, own_heads = fit_unseen(scorer, labelled, config)
     heads = {**bundle.heads, name: with_times(joint_heads | own_heads, bundle.records)}
-    told = {**bundle.report, name: report | fit_report.to_json(convex=head.convex)}
-    return replace(
-        bundle, scorers={**bundle.scorers, name: scorer.eval()}, heads=heads, report=told
-    )
+    own = {**bundle.report, name: report | fit_report.to_json(convex=head.convex)}
+    return replace(bundle, scorers={**bundle.scorers, name: scorer.eval()}, heads=heads, report=own)
 
 
 def refitted_losses(
