@@ -78,6 +78,7 @@ COMMANDS = {
         ["bench", "run", "data", "--out", "run", "--engine", "ray"],
     ],
     "accelerate": [["learn", "data", "--out", "bundle"]],
+    "drift": [["serve", "--llm", "fake:echo", "--port", "0", "--set", "detect_changes=true"]],
     "bench": [
         ["bench", "run", "data", "--llm", "fake:echo", "--out", "run", "--methods", "rag@1"],
         ["bench", "show", "run"],
