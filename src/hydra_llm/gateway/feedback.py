@@ -187,7 +187,7 @@ class _Feedback:
         bundle, user = self.deployment.bundle, state.user
         group = self._group(user.records)
         said = {self.kind: self.value} | ({"time": self.time} if self.time else {})
-        content = {"said": said, "bundle": self.deployment.id, "group": group}
+        content: dict[str, Any] = {"said": said, "bundle": self.deployment.id, "group": group}
         content |= {"record": state.same} if state.same else {}
         if choice := self.choice:
             content["choice"] = {"candidates": choice.offered, "chosen": choice.gold}
@@ -213,7 +213,8 @@ class _Feedback:
             if own.request == judged.request and own.content["group"] == judged.content["group"]:
                 known: float | None = own.content.get("rise")
                 return known
-        assert self.deployment.bundle is not None
+        if state.relearn or self.deployment.bundle is None:
+            return None  # the head has learned what this replaces
         return rise_of(self.deployment.bundle, state.user.name, state.user.heads, judged)
 
     @property
