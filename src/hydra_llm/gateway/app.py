@@ -36,8 +36,8 @@ from hydra_llm.gateway.deployment import folder_of, open_deployment
 from hydra_llm.gateway.drift import check_detector
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.middleware import ERRORS, AccessMiddleware, RootPath, error_response
-from hydra_llm.gateway.pictures import open_pictures
 from hydra_llm.gateway.next_question import read_pool
+from hydra_llm.gateway.pictures import open_pictures
 from hydra_llm.gateway.request_log import RequestLog
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.spend import FLUSH_SECONDS, Ledger, minute_of
@@ -80,8 +80,7 @@ def make_app(
     no such bundle, `StoreError` if the store fails.
     """
     settings = settings or ServeSettings()
-    if settings.detect_changes:
-        check_detector()
+    check_detector(wanted=settings.detect_changes)
     active, reads = store.bundle(), TimedReads(settings.store_timeout)
     here, folder = here or load_settings(), folder_of(active) if active else bundle
     deployment = open_deployment(store, reads, folder, settings, here)
