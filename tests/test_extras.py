@@ -80,6 +80,7 @@ COMMANDS = {
     "accelerate": [["learn", "data", "--out", "bundle"]],
     "device": [],  # a library alone
     "onnx": [["bundles", "export", "bundle", "--onnx", "--out", "phone"]],
+    "drift": [["serve", "--llm", "fake:echo", "--port", "0", "--set", "detect_changes=true"]],
     "bench": [
         ["bench", "run", "data", "--llm", "fake:echo", "--out", "run", "--methods", "rag@1"],
         ["bench", "show", "run"],

@@ -7,6 +7,7 @@ the flat, frozen `Settings` (`settings.k`). API keys are not settings: the OpenA
 import re
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -200,6 +201,10 @@ class Research(Group):
     """Principal components of the query vector in label-bilinear features; None: by the data."""
     head_prior: Literal["learned", "isotropic"] = "learned"
     """Prior of `linear` and `lowrank` heads for labels: learned from the training users, or I/λ."""
+    discount: Literal["none", "auto"] | float = "none"
+    """What a record counts less than the one after it in the fit of a head: none, a rate between 0
+    and 1, or auto: by later records of training users, if that is better than none.
+    """
     tune_encoder: bool = False
     """Fine-tune the encoder jointly with the shared weights and heads (`cross` only)."""
     loss: Literal["listwise", "binary"] = "listwise"
@@ -248,6 +253,14 @@ class Research(Group):
         if name not in ("local", "ray") and not re.fullmatch(r"ray:[^/:]+:\d+", name):
             raise ValueError("take local, ray or ray:HOST:PORT")
         return name
+
+    @field_validator("discount", mode="before")
+    @classmethod
+    def _rate(cls, value: object) -> object:
+        with suppress(TypeError, ValueError):
+            if value in ("none", "auto") or 0 < float(str(value)) < 1:
+                return value
+        raise ValueError("write none, auto, or a rate above 0 and below 1")
 
     @field_validator("candidate_prompts")
     @classmethod

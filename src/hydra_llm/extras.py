@@ -29,6 +29,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "accelerate": ("accelerate",),
     "device": ("onnxruntime", "tokenizers"),
     "onnx": ("onnx", "onnxscript"),
+    "drift": ("river",),
     "learn": ("torch", "transformers", "safetensors", "sklearn", "huggingface_hub"),
     "bench": ("scipy", "rouge_score", "sacrebleu"),
     "report": ("altair", "jinja2", "markupsafe", "vl_convert"),

@@ -703,6 +703,7 @@ ENDPOINTS = [
     ("POST", "/v1/users/{user}/fit", None),
     ("GET", "/v1/users/{user}/jobs/job-{user}", None),
     ("GET", "/v1/users/{user}/export", None),
+    ("GET", "/v1/users/{user}/next-question", None),
     ("DELETE", "/v1/users/{user}", None),
     ("POST", "/v1/users/{user}/search", {"query": "a"}),
     ("GET", "/v1/users/{user}/requests", None),
@@ -745,6 +746,8 @@ def let_in(answer: Any) -> bool:
     """Whether the caller has reached what it asked for; no response that is kept is cancelled."""
     if answer.request.url.path.endswith("/cancel"):
         return answer.status_code == 400 and "has ended" in answer.text
+    if answer.request.url.path.endswith("/next-question"):
+        return answer.status_code == 409 and "question_pool" in answer.text
     return answer.status_code < 300
 
 

@@ -23,6 +23,7 @@ from hydra_llm.gateway import (
     health,
     mcp_routes,
     message_routes,
+    next_question,
     openai_routes,
     record_routes,
     response_routes,
@@ -32,8 +33,10 @@ from hydra_llm.gateway import (
 from hydra_llm.gateway.activity import ACTIVITY_DAYS
 from hydra_llm.gateway.auth import Access
 from hydra_llm.gateway.deployment import folder_of, open_deployment
+from hydra_llm.gateway.drift import check_detector
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.middleware import ERRORS, AccessMiddleware, RootPath, error_response
+from hydra_llm.gateway.next_question import read_pool
 from hydra_llm.gateway.pictures import open_pictures
 from hydra_llm.gateway.request_log import RequestLog
 from hydra_llm.gateway.settings import ServeSettings
@@ -56,6 +59,9 @@ PRUNE_SECONDS = 600.0
 COUNT_SECONDS = 10.0
 DAY = 86400.0
 
+ABOUT_USERS = (record_routes, user_routes, next_question, admin_routes, spend_routes, mcp_routes)
+ROUTES = (openai_routes, response_routes, message_routes, *ABOUT_USERS, health, forward)
+
 
 def make_app(
     store: Store,
@@ -74,9 +80,9 @@ def make_app(
     no such bundle, `StoreError` if the store fails.
     """
     settings = settings or ServeSettings()
+    check_detector(wanted=settings.detect_changes)
     active, reads = store.bundle(), TimedReads(settings.store_timeout)
-    folder = folder_of(active) if active else bundle
-    here = here or load_settings()
+    here, folder = here or load_settings(), folder_of(active) if active else bundle
     deployment = open_deployment(store, reads, folder, settings, here)
     telemetry = Telemetry(tracing or open_tracing(settings.traces))
     ledger = Ledger(store, load_prices(here.prices), telemetry)
@@ -89,9 +95,9 @@ def make_app(
     app.state.gateway, app.state.readiness = gateway, health.Readiness(gateway)
     app.state.worker = Worker(store, lambda: gateway.deployment, llm, ledger)
     app.state.embedder = Embedder()
+    app.state.question_pool = read_pool(settings.question_pool)
     _add_dashboard(app, gateway, access or Access())
-    about_users = (record_routes, user_routes, admin_routes, spend_routes, mcp_routes, health)
-    for module in (openai_routes, response_routes, message_routes, *about_users, forward):
+    for module in ROUTES:
         app.include_router(module.router)
     for kind in ERRORS:
         app.add_exception_handler(kind, error_response)

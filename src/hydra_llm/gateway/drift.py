@@ -1,19 +1,29 @@
-"""Drift: whether users want the answers that they get less often than before. Knows counts of
-feedback alone, by the hour (activity.py); never a user, never a text.
+"""Drift. Of all users: whether they want the answers that they get less often than before, by
+counts of feedback by the hour (activity.py). Of one user: whether the taste has changed, by the
+losses of the user's head at the latest feedback (model/change.py). Knows no text.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from hydra_llm.extras import require
 from hydra_llm.gateway.activity import FEEDBACK, HOUR, WANTED
+from hydra_llm.model.change import change_of
+from hydra_llm.model.head import Head
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Happened
+from hydra_llm.store.values import Happened, StoredFeedback
 
 RECENT, BEFORE = 7 * 24 * HOUR, 28 * 24 * HOUR  # seconds of the two times that are compared
 Z = 1.959964  # of a two-sided 95 % interval
+CHANGED = "changed"
+"""Name of what is kept beside a user's heads after a change: no numbers, and as `records` how many
+of the user's records came before it.
+"""
 Interval = tuple[float, float, float]
 """A value and the two ends of its 95 % interval."""
 
@@ -93,3 +103,28 @@ def wilson(judged: Judged) -> Interval:
     middle, wide = p + Z * Z / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
     scale = 1 + Z * Z / n
     return p, (middle - wide) / scale, (middle + wide) / scale
+
+
+def first_after_change(judged: Sequence[StoredFeedback]) -> StoredFeedback | None:
+    """The first feedback, of a user's latest in order, after the user's taste has changed; None
+    where it has not. Feedback of which no loss is known tells nothing.
+    """
+    known = [own for own in judged if own.content.get("rise") is not None]
+    count = change_of([own.content["rise"] for own in known])
+    return None if count is None else known[count]
+
+
+def mark_of(first: StoredFeedback | None) -> dict[str, Head]:
+    """What is kept beside the heads of a user whose first feedback after a change this is."""
+    if first is None:
+        return {}
+    return {CHANGED: Head.of(np.zeros(0), first.content.get("visible", 0))}
+
+
+def check_detector(*, wanted: bool) -> None:
+    """Raise MissingExtra where changes are to be found and cannot be; imports now what the first
+    feedback needs.
+    """
+    if wanted:
+        require("drift", "the setting detect_changes")
+        change_of([0.0])

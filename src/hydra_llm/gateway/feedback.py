@@ -14,6 +14,7 @@ from anyio.to_thread import run_sync
 from hydra_llm.datasets.choices import candidates_fault
 from hydra_llm.datasets.dataset import time_fault
 from hydra_llm.gateway.deployment import Deployment
+from hydra_llm.gateway.drift import CHANGED, first_after_change, mark_of
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.schemas import ApiError, FeedbackIn, fault_of
 from hydra_llm.gateway.user_cache import UserSnapshot, from_stored, texts_of, to_stored
@@ -27,7 +28,7 @@ from hydra_llm.types import Candidate, Query, Record
 
 if TYPE_CHECKING:
     from hydra_llm.bundle import Bundle
-    from hydra_llm.training.dataset import LabelledGroup
+    from hydra_llm.training.dataset import LabelledGroup, TrainingSet
 
 Heads = Mapping[str, Head]  # by scorer
 ACCEPTED = 0.5  # minimum rating of an answer that counts as what the user wanted
@@ -40,6 +41,7 @@ async def take_feedback(gateway: Gateway, given: FeedbackIn, request: Request) -
     400 for an unknown candidate.
     """
     feedback = _checked(gateway, given, request)
+    feedback = replace(feedback, detects=gateway.settings.detect_changes)
     texts = [request.question, *(candidate.text for candidate in feedback.candidates)]
     for _ in range(TRIES):
         state = await run_sync(feedback.read)
@@ -60,6 +62,7 @@ async def take_feedback(gateway: Gateway, given: FeedbackIn, request: Request) -
             await run_sync(gateway.deployment.forget_texts, replaced)
         if fresh:
             gateway.telemetry.activity.judged(feedback.agrees)
+            gateway.telemetry.changes.inc(CHANGED in heads and CHANGED not in state.user.heads)
         id = record.id if record else state.same  # of the record that the answer became, or is
         return {"repeated": not fresh, "record": id, "head_moved": bool(fresh and heads)}
     raise ApiError(409, "too many changes of this user at once: try again", code="busy")
@@ -112,6 +115,7 @@ class _State:
 
     user: UserSnapshot  # with all heads, unless one has learned what is replaced
     earlier: list[StoredFeedback]  # which these heads have not learned
+    judged: list[StoredFeedback]  # the latest, learned or not, where changes are looked for
     replaced: Record | None  # what earlier feedback on the same answer became
     same: str | None  # another record that says what the feedback does: no second one is made
     relearn: bool  # whether a head has learned that
@@ -131,6 +135,7 @@ class _Feedback:
     wanted: str | None  # the answer that the user wanted, where the feedback says so
     record: Record | None  # what the wanted answer becomes
     time: str  # of that, as it was given
+    detects: bool = False  # whether changes of taste are looked for
 
     def read(self) -> _State:
         store, name, bundle = self.deployment.store, self.request.user, self.deployment.id
@@ -147,7 +152,8 @@ class _Feedback:
         if relearn:
             earlier, heads = read(or_learned=True), {}
         user, is_off = replace(user, heads=heads), (same or own) in off
-        return _State(user, earlier, replaced, same, relearn, len(off), is_off)
+        judged = read(or_learned=True) if self.detects else []
+        return _State(user, earlier, judged, replaced, same, relearn, len(off), is_off)
 
     def write(
         self, state: _State, judged: StoredFeedback, record: Record | None, heads: Heads
@@ -167,7 +173,8 @@ class _Feedback:
             elif replaced and not handed:
                 change.remove(replaced.id, keep_feedback=True)
             # A record's change deletes the heads, but these have not learned it.
-            if kept := {**user.heads, **heads}:
+            was = {name: head for name, head in user.heads.items() if name != CHANGED or not heads}
+            if kept := {**was, **heads}:
                 change.put_heads(self.deployment.id, to_stored(kept))
             return True
 
@@ -180,17 +187,35 @@ class _Feedback:
         bundle, user = self.deployment.bundle, state.user
         group = self._group(user.records)
         said = {self.kind: self.value} | ({"time": self.time} if self.time else {})
-        content = {"said": said, "bundle": self.deployment.id, "group": group}
+        content: dict[str, Any] = {"said": said, "bundle": self.deployment.id, "group": group}
         content |= {"record": state.same} if state.same else {}
         if choice := self.choice:
             content["choice"] = {"candidates": choice.offered, "chosen": choice.gold}
+        content |= {"visible": self.request.content["visible"]} if self.detects else {}
         judged = StoredFeedback(self.request.id, self.request.created, content)
         others = [feedback for feedback in state.earlier if feedback.request != judged.request]
         replaces = len(others) < len(state.earlier)
         stays_off = state.is_off and self.record is not None
         if bundle is None or stays_off or not (group or replaces):
             return judged, {}
-        return judged, heads_after(bundle, user.name, user.heads, [*others, judged])
+        first = None
+        if self.detects:
+            content["rise"] = self._rise(state, judged)
+            known = [own for own in state.judged if own.request != judged.request]
+            known = sorted([*known, judged], key=lambda own: (own.created, own.request))
+            first = first_after_change(known)
+        heads = heads_after(bundle, user.name, user.heads, [*others, judged], first)
+        return judged, heads | mark_of(first)
+
+    def _rise(self, state: _State, judged: StoredFeedback) -> float | None:
+        """As `rise_of`; of the same feedback that was given before, what it was then."""
+        for own in state.judged:
+            if own.request == judged.request and own.content["group"] == judged.content["group"]:
+                known: float | None = own.content.get("rise")
+                return known
+        if state.relearn or self.deployment.bundle is None:
+            return None  # the head has learned what this replaces
+        return rise_of(self.deployment.bundle, state.user.name, state.user.heads, judged)
 
     @property
     def agrees(self) -> bool:
@@ -264,25 +289,52 @@ def with_choices(records: Sequence[Record], judged: Sequence[StoredFeedback]) ->
     return list(map(as_it_was, records))
 
 
+def rise_of(bundle: "Bundle", user: str, heads: Heads, judged: StoredFeedback) -> float | None:
+    """As `change_of` takes it: of what the user wanted, the log-loss by the head that has not
+    learned it, less that by the shared head. None where it is not known.
+    """
+    data, scorer = _judged_groups(bundle, user, [judged]), bundle.scorers["adapter"]
+    if not bool(data.informative.any()) or scorer.loss == "binary":
+        return None
+    both = [scorer.score(data.groups, [head]) for head in (heads.get("adapter"), None)]
+    own, shared = (scores.log_softmax(-1).where(data.groups.mask, 0.0) for scores in both)
+    return float((data.target * (shared - own)).sum())
+
+
 def heads_after(
-    bundle: "Bundle", user: str, heads: Heads, judged: Sequence[StoredFeedback]
+    bundle: "Bundle",
+    user: str,
+    heads: Heads,
+    judged: Sequence[StoredFeedback],
+    first: StoredFeedback | None = None,
 ) -> dict[str, Head]:
     """The adapter's head after all feedback since it was fitted, and the fitted one beside it.
-    Learned are the bundle's latest judged groups, each request's once, oldest first.
+    Learned are the bundle's latest judged groups, each request's once, oldest first. `first`: the
+    first feedback after a change of taste.
     """
-    from hydra_llm.training.dataset import LabelledGroup
-    from hydra_llm.training.train_scorer import target_rule, training_set
-
     scorer = bundle.scorers["adapter"]
     fitted = heads.get(FITTED) or heads.get("adapter") or Head.of(scorer.head.empty())
     own = [feedback for feedback in judged if feedback.content["bundle"] == bundle.weights]
     latest = {feedback.request: feedback for feedback in own if feedback.content["group"]}
     ordered = sorted(latest.values(), key=lambda feedback: (feedback.created, feedback.request))
+    taken = ordered[-FEEDBACK_WINDOW:]
+    changed = None
+    if first is not None:
+        changed = sum((own.created, own.request) < (first.created, first.request) for own in taken)
+    groups = _judged_groups(bundle, user, taken).groups
+    return {FITTED: fitted, "adapter": scorer.online_update(fitted, groups, changed)}
+
+
+def _judged_groups(bundle: "Bundle", user: str, judged: Sequence[StoredFeedback]) -> "TrainingSet":
+    """What feedback says, in this order; without that of which nothing can be learned."""
+    from hydra_llm.training.dataset import LabelledGroup
+    from hydra_llm.training.train_scorer import target_rule, training_set
+
     groups = []
-    for position, feedback in enumerate(ordered[-FEEDBACK_WINDOW:]):
+    for position, feedback in enumerate(own for own in judged if own.content["group"]):
         group, query = feedback.content["group"], feedback.request
         rights, gains, side = group["rights"], group["gains"], np.array(group["evidence"])
         of = LabelledGroup(user, query, group["left"], rights, gains, side, position, voted=True)
         groups.append(replace(of, exact=group.get("exact", False)))
-    data = training_set(bundle, target_rule(bundle, "adapter"), scorer, groups)
-    return {FITTED: fitted, "adapter": scorer.online_update(fitted, data.groups)}
+    rule, scorer = target_rule(bundle, "adapter"), bundle.scorers["adapter"]
+    return training_set(bundle, rule, scorer, groups)

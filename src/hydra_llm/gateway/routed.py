@@ -8,6 +8,7 @@ from secrets import token_hex
 from typing import Any
 
 from hydra_llm.gateway.deployment import Deployment
+from hydra_llm.gateway.drift import CHANGED
 from hydra_llm.gateway.sampling import Body
 from hydra_llm.gateway.schemas import ChatRequest, PersonalizationOptions
 from hydra_llm.gateway.scoring import RankedChoices, RecordSearch, choice_texts
@@ -126,6 +127,8 @@ def personalization_of(
         "scores_reason": ranked.unscored or unread,
         "seconds": {stage: round(seconds, 4) for stage, seconds in request.seconds.items()},
     }
+    if CHANGED in request.search.user.heads:
+        answer["drift"] = True
     if request.options.explain:
         answer["texts"] = choice_texts(ranked.choices[: len(ranked.candidates)])
         answer["probabilities"] = [candidate.probability for candidate in ranked.candidates]

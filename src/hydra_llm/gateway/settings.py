@@ -122,6 +122,12 @@ class ServeSettings(config.Group):
     session_hours: float = Field(default=8.0, gt=0, le=24 * 30)
     """Hours after which one has to sign in at the dashboard again."""
 
+    # ---- changing taste
+    detect_changes: bool = False
+    """See at each feedback whether the user's taste has changed, then learn fast; extra `drift`."""
+    question_pool: Path | None = None
+    """Text file, a question of the task per line, for `GET /v1/users/{user}/next-question`."""
+
     # ---- retention
     retention_days: float = Field(default=30.0, ge=0)
     """Days that answered requests are kept for feedback, and responses for conversations."""

@@ -8,13 +8,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import DataError, HydraError
 from hydra_llm.gateway.auth import pseudonym
 from hydra_llm.gateway.deployment import ANY_TASK, Deployment
+from hydra_llm.gateway.drift import CHANGED, first_after_change, mark_of
 from hydra_llm.gateway.feedback import FITTED, heads_after, with_choices
 from hydra_llm.gateway.spend import Bill, Ledger, PaidLLM
 from hydra_llm.gateway.telemetry import log
@@ -22,7 +23,7 @@ from hydra_llm.gateway.user_cache import texts_of, to_stored
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.concurrency import StageProgress
 from hydra_llm.model.feature_cache import FeatureCache
-from hydra_llm.model.head import Head
+from hydra_llm.model.head import FEEDBACK_WINDOW, Head
 from hydra_llm.store.change import FEEDBACK_ID, NoSuchUser, StaleVersion
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Job, StoredFeedback
@@ -109,6 +110,8 @@ class Worker:
             feedback = self._store.unlearned_feedback(job.user, bundle=deployment.id)
             learned = [item for item in feedback if f"{FEEDBACK_ID}{item.request}" in ids]
             judged = [item for item in feedback if item not in learned]
+            first = self._first_after_change(job.user, deployment.id)
+            mark = mark_of(first)
             features = FeatureCache(base.encoder, base.path)
             features.keep = False
             with closing(features), suppress(StaleVersion):
@@ -117,12 +120,12 @@ class Worker:
                 bill = Bill(user=job.user)
                 bill.known(version)
                 try:
-                    learned_now = self._fitted(bundle, job, readable, bill, kept)
+                    learned_now = self._fitted(bundle, job, readable, bill, kept, mark)
                 finally:
                     self._ledger.take(bill)
-                heads = self._with_feedback(bundle, job.user, learned_now, judged)
+                heads = self._with_feedback(bundle, job.user, learned_now, judged, first)
                 with self._store.change(job.user, version=version) as change:
-                    change.put_heads(deployment.id, to_stored(heads))
+                    change.put_heads(deployment.id, to_stored(heads | mark))
                     deployment.fits.put(learned_now.kept)  # a deletion comes later, as of features
                     if deployment.users.need_features:
                         # encoded already; in the transaction, so that a deletion comes later
@@ -131,6 +134,10 @@ class Worker:
                 return
         raise HydraError("the user changes faster than heads are fitted")
 
+    def _first_after_change(self, user: str, bundle: str) -> StoredFeedback | None:
+        which: Any = {"bundle": bundle, "or_learned": True}
+        return first_after_change(self._store.unlearned_feedback(user, FEEDBACK_WINDOW, **which))
+
     def _fitted(
         self,
         bundle: "Bundle",
@@ -138,8 +145,9 @@ class Worker:
         records: Sequence[Record],
         bill: Bill,
         kept: "Mapping[str, KeptFit]",
+        mark: Mapping[str, Head],
     ) -> "Learned":
-        """The user's heads, fitted on these records; a kept fit goes on."""
+        """The user's heads, fitted on these records; a kept fit goes on. `mark`: of a change."""
         from hydra_llm.training.api import fit
 
         if self._llm is None:
@@ -152,15 +160,22 @@ class Worker:
                 raise Stopped
 
         paid = PaidLLM(self._llm, bill, self._ledger)
-        return fit(data, bundle, paid, users=[job.user], progress=progress, kept=kept)
+        changed = {job.user: mark[CHANGED].records} if mark else {}
+        whom: Any = {"users": [job.user], "kept": kept, "changed": changed}
+        return fit(data, bundle, paid, progress=progress, **whom)
 
     def _with_feedback(
-        self, bundle: "Bundle", user: str, fitted: "Learned", judged: Sequence[StoredFeedback]
+        self,
+        bundle: "Bundle",
+        user: str,
+        fitted: "Learned",
+        judged: Sequence[StoredFeedback],
+        first: StoredFeedback | None,
     ) -> dict[str, Head]:
         """The user's heads after the feedback that is in no record."""
         heads, adapter = fitted.bundle.heads_of(user), bundle.adapter
         if judged and adapter is not None and adapter.updates_online:
-            heads |= heads_after(bundle, user, heads, judged)
+            heads |= heads_after(bundle, user, heads, judged, first)
         return heads
 
 

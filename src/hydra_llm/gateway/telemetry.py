@@ -74,6 +74,7 @@ class Telemetry:
         about = "What was left out of an answer because it failed"
         self._failures = counter("hydra_failures", about, ["part"])
         self.feedback = counter("hydra_feedback", "Feedback, by kind", ["kind"])
+        self.changes = counter("hydra_user_drift", "Changes of a user's taste that were found")
         about = "Answers at which the adapter left the first candidate"
         self._abstained = counter("hydra_abstained", about)
         stages = partial(Histogram, buckets=SECONDS, registry=self.registry)

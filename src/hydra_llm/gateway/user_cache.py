@@ -14,6 +14,7 @@ from anyio.to_thread import run_sync
 from cachetools import LRUCache
 
 from hydra_llm.errors import StoreError
+from hydra_llm.gateway.drift import CHANGED
 from hydra_llm.model.head import Head
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import StoredHead
@@ -100,7 +101,8 @@ class UserCache:
         own, bundle = {}, self._bundle
         if bundle is not None:
             heads = from_stored(self._store.heads(name, bundle.weights))
-            own = {scorer: head for scorer, head in heads.items() if scorer in bundle.scorers}
+            kept = {*bundle.scorers, CHANGED}
+            own = {scorer: head for scorer, head in heads.items() if scorer in kept}
         user = UserSnapshot(name, version, tuple(records), own, off)
         with self._lock:
             if dropped == self._dropped:  # else this may be the user who was deleted meanwhile

@@ -9,11 +9,13 @@ Letters: G groups, C candidates, E side features. Knows no users, texts, tasks o
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hydra_llm.model.forgetting import STAYS, counted
 from hydra_llm.model.head import FEEDBACK_WINDOW, Head
 from hydra_llm.model.heads import HeadKind, HeadProblem, make_head
 from hydra_llm.model.heads.linear import LinearHead
@@ -35,6 +37,7 @@ class Scorer(nn.Module):
     vote_weight: Tensor
     prior_precision: Tensor
     side_prior: Tensor
+    discount: Tensor | None
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class Scorer(nn.Module):
         # the mean of the prior of the side weights, by plain units of the columns; used in learning
         self.register_buffer("side_prior", torch.zeros(count), persistent=False)
         self.register_buffer("prior_precision", torch.tensor(10.0))
+        self.register_buffer("discount", None)  # by age, of what heads learn from; None: none
 
     def standardised(self, groups: Groups) -> Tensor:
         """[G, C, E] the side features by mean and deviation of the training set."""
@@ -130,11 +134,16 @@ class Scorer(nn.Module):
             return None
         x, records = self.interaction(groups), 0 if head is None else head.records
         prior = self.head.precisions(float(self.prior_precision))
-        precision = prior + records * self.posterior.values
+        precision = prior + counted(records, self.rate) * self.posterior.values
         covariance = self.head.covariance(self.interaction, x, self.posterior, precision)
         return None if covariance is None else self._scales(groups).square() * covariance
 
     # ---- learning heads
+
+    @property
+    def rate(self) -> float | None:
+        """What a record counts less than the one after it; None without a discount."""
+        return None if self.discount is None else float(self.discount)
 
     @torch.no_grad()
     def head_problem(self, groups: Groups, users: Sequence[str], index: Tensor) -> HeadProblem:
@@ -153,6 +162,7 @@ class Scorer(nn.Module):
             mask=mask,
             loss=self.loss,
             precision=float(self.prior_precision),
+            discount=self.rate,
         )
 
     @property
@@ -160,14 +170,18 @@ class Scorer(nn.Module):
         """Whether feedback can change a head without a new fit."""
         return self.head.updates_online and self.posterior.known
 
-    def online_update(self, head: Head | None, judged: Groups) -> Head:
+    def online_update(self, head: Head | None, judged: Groups, changed: int | None = None) -> Head:
         """The head after feedback on one user's groups with targets, oldest first, of which the
-        last `FEEDBACK_WINDOW` count; `head` is as it was fitted.
+        last `FEEDBACK_WINDOW` count; `head` is as it was fitted. `changed`: how many of the judged
+        groups came before a change of taste; None: there was none.
         """
         groups = judged[-FEEDBACK_WINDOW:]
         if not len(groups):
             return Head.of(self.head.empty()) if head is None else head
-        problem = self.head_problem(groups, [""], torch.arange(len(groups))[None])
+        places = torch.arange(len(judged))[-FEEDBACK_WINDOW:][None]
+        problem = self.head_problem(judged, [""], places).discounted(places, changed)
+        keep = (self.rate or 1.0) ** len(groups) * (1.0 if changed is None else STAYS)
+        problem = replace(problem, keep=keep)
         return self.head.online_update(problem, self.posterior, head)
 
     # ---- on disk: plain values and tensors, no pickle
@@ -199,5 +213,7 @@ class Scorer(nn.Module):
             head.set_basis(torch.zeros_like(tensors["head.basis"]))
         shared = dict(tensors)
         shared.setdefault("scale_alone", shared["scale"])  # until format 3 there was one β
+        if "discount" in shared:
+            scorer.discount = torch.zeros(())
         scorer.load_state_dict(shared)
         return scorer.eval()

@@ -119,14 +119,15 @@ async def afit(
     settings: Settings | None = None,
     progress: StageProgress = silent,
     kept: Mapping[str, KeptFit] | None = None,
+    changed: Mapping[str, int] | None = None,
 ) -> Learned:
     """Fit the heads of new users on their histories; with a bundle's path, write the bundle back.
 
     `users` defaults to the data set's new users (split `test`). Heads of users who have one are
     fitted anew. A user without records gets the shared head.
-
-    `kept`: the `kept` of an earlier result, or an empty dict, so that the result has one. Where a
-    user's history has only grown at its end, just the new records are labelled and encoded.
+    `kept`: that of an earlier result, or an empty dict: where a history has only grown at its end,
+    just the new records are labelled and encoded. `changed`, beside it: how many of a user's
+    records came before a change of taste; these count a tenth.
 
     Raises SettingsError: `settings` change what was fixed in learning; `Bundle.settings_with` makes
     some that do not. UnknownUser: a user whom the data set does not have. DataError: the data set
@@ -139,14 +140,13 @@ async def afit(
     given.check_precision()
     given.check_task(data.task)
     names = data.users("test") if users is None else _known(list(dict.fromkeys(users)), data)
-    own, with_records = data.histories(names), set(data.with_records())
-    lacking = _lacking(names, with_records, "have no records: they get the shared head")
-    few = dict(own) if len(own) <= LATEST else own
-    given = replace(given, records=Overlaid(few, given.records))
-    learned, features = Learned(given, tuple(names), notes=lacking), given.features
-    features.progress = partial(progress, STAGE)
+    own, fate = data.histories(names), "have no records: they get the shared head"
+    lacking, few = _lacking(names, set(data.with_records()), fate), len(own) <= LATEST
+    given = replace(given, records=Overlaid(dict(own) if few else own, given.records))
+    learned = Learned(given, tuple(names), notes=lacking, changed=changed or {})
+    given.features.progress = partial(progress, STAGE)
     await Work(learned, model, progress, kept=kept).fit()
-    features.progress = None
+    given.features.progress = None
     if not isinstance(bundle, Bundle):
         learned.bundle.save_users(bundle, names)
     return learned
@@ -211,6 +211,11 @@ def _opened(
         raise SettingsError(f"tune_encoder needs features=cross: {fault}")
     if chosen.tune_encoder and chosen.encoder_precision not in ("auto", "fp32"):
         raise SettingsError(f"tune_encoder needs fp32, not {chosen.encoder_precision}")
+    if chosen.discount != "none" and (
+        chosen.loss == "binary" or not HEADS.load(chosen.head).convex
+    ):
+        fix = "it weighs groups in a convex fit; take loss=listwise and another head, or none"
+        raise SettingsError(f"setting 'discount' needs loss=listwise and a convex head: {fix}")
     if chosen.labelling == "adaptive" and (
         chosen.tune_encoder or not HEADS.load(chosen.head).convex
     ):

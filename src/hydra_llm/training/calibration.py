@@ -49,6 +49,8 @@ class FitReport:
     gain_first: float = NAN  # mean gain of their first candidates: first retrieved, greedy, label
     gain_pick: float = NAN  # of those that the users' own heads score highest
     gain_best: float = NAN  # of the best there are: no scorer can do more
+    discount: float | None = None  # by age, of what heads learn from
+    discounts: dict[str, float] = field(default_factory=dict)  # loss by each that was tried
     calibration_error: float = NAN  # expected (ECE), of the probability of the calibrated picks
     scale: float = 1.0
     vote_weight: dict[str, float] = field(default_factory=dict)
@@ -58,6 +60,7 @@ class FitReport:
         unused = set() if convex else {"ridge", "evidence_ridge", "precision"}
         of_prior = {"prior", "prior_ridge", "prior_steps", "prior_error", "calibration_error"}
         unused |= set() if self.prior else of_prior
+        unused |= set() if self.discounts or self.discount else {"discount", "discounts"}
         return {name: value for name, value in asdict(self).items() if name not in unused}
 
 

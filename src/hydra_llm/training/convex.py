@@ -107,7 +107,8 @@ def head_problems(scorer: Scorer, data: TrainingSet, names: Sequence[str]) -> It
     """What fitting these users' heads needs, as many of them at once as have few numbers."""
     per_group = scorer.interaction.numbers(data.groups)
     for users, index in chunks_of_users(data, names, numbers=AT_ONCE, per_group=per_group):
-        yield scorer.head_problem(data.groups, users, index)
+        problem = scorer.head_problem(data.groups, users, index)
+        yield problem.discounted(data.positions[index.clamp_min(0)])
 
 
 def fit_heads(

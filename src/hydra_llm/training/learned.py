@@ -28,6 +28,9 @@ class Learned:
     kept: "dict[str, KeptFit]" = field(default_factory=dict)
     """By user: what the next fit of the user goes on from, where that was asked for."""
 
+    changed: Mapping[str, int] = field(default_factory=dict)
+    """How many of a user's records came before a change of taste: they count less in a fit."""
+
     @property
     def usage(self) -> Usage:
         """Of all stages."""

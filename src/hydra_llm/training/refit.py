@@ -77,7 +77,8 @@ def refit(learned: Learned, name: str, new: Groups, before: Kept | None) -> None
     """Add a user's head of a scorer, and what the next fit of the user goes on from."""
     started, bundle, wanted = perf_counter(), learned.bundle, {own.id for own in new.queries}
     labelled, encoded = head_data(bundle, name, [*new.weak, *new.of_llm]), perf_counter()
-    taken = New(new.user, labelled, places_of(new.weak, new.of_llm))
+    changed = learned.changed.get(new.user)
+    taken = New(new.user, labelled, places_of(new.weak, new.of_llm), changed)
     head, kept = solve(bundle, name, taken, before, wanted)
     ended = perf_counter()
     if kept is not None:
@@ -92,6 +93,7 @@ class New:
     user: str
     labelled: TrainingSet
     asked: Mapping[str, int]  # query that the LLM has labelled → place of its group
+    changed: int | None = None  # how many records came before a change of taste
 
 
 def places_of(weak: Sequence[LabelledGroup], of_llm: Sequence[LabelledGroup]) -> dict[str, int]:
@@ -126,8 +128,8 @@ def solve(
     if before is not None:
         start = torch.from_numpy(before.numbers)[None]
     problem, every = _joined(problems), torch.cat(positions)
-    sgd = sgd_config(bundle.settings)
-    (numbers,) = scorer.head.fit(replace(problem, start=start, sgd=sgd))
+    taken, sgd = problem.discounted(every[None], new.changed), sgd_config(bundle.settings)
+    (numbers,) = scorer.head.fit(replace(taken, start=start, sgd=sgd))
     head = with_times({user: Head.of(numbers, int(every.max()) + 1)}, bundle.records)[user]
     records = tuple(in_order(bundle.records.get(user, ())))
     return head, Kept(records, every, asked, problem, numbers)

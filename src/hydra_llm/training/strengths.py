@@ -44,7 +44,9 @@ from hydra_llm.training.convex import (
     shared_precision,
 )
 from hydra_llm.training.dataset import Split, TrainingSet, folds
+from hydra_llm.training.discounts import Rate, choose_discount, set_discount
 from hydra_llm.training.prior import Ridges, State, learn_basis
+from hydra_llm.training.steps import Steps
 
 # groups above which a handful of side weights need no choice of ridge, and each user's last groups
 # are enough to calibrate by; in a smaller set of labels every group counts, in blocks
@@ -66,6 +68,7 @@ class Strengths:
     bases: tuple[float, ...] = (10.0, 30.0, 100.0)  # ridges on the basis of a learned prior
     steps: int = 4  # of its learning, at most
     margin: float = 1.0  # standard errors by which own heads must beat the shared one
+    discounts: tuple[Rate, ...] = (None,)  # by age, of what heads learn from
 
     def chosen(self, report: Mapping[str, Any]) -> "Strengths":
         """Those that a scorer's report has, for another fit to the same groups."""
@@ -106,12 +109,12 @@ def fit_scorer(
     unless an isotropic one is better for held-out users.
     """
     plain = data.take((~data.voted).nonzero()[:, 0]) if data.partly_voted else data
-    report = FitReport(users=len(names := plain.names()), groups=len(plain))
+    report = FitReport(len(names := plain.names()), len(plain), discount=scorer.rate)
     used = _folds_of(plain, [list(unseen)] if unseen else _parts(plain, seed))
     rank = rank if scorer.head.learns_prior and scorer.loss == "listwise" else 0
     fits = len(strengths.ridges) * len(_side_ridges(plain, strengths)) + 4
     fits += len(strengths.bases) if rank else 0
-    base = _Base(scorer, plain, used, report, _Steps(fits * len(used) + 1, done), rank, {})
+    base = _Base(scorer, plain, used, report, Steps(fits * len(used) + 1, done), rank, {})
     if base.folds:
         base.choose_strengths(strengths)
     if rank:
@@ -137,7 +140,7 @@ def cross_fitted_losses(
     """
     train, out = known.take(used.nonzero()[:, 0]), torch.full((len(known),), math.nan)
     base = _Base(
-        scorer, train, _folds_of(train, _parts(train, seed)), FitReport(), _Steps(1, None), 0, {}
+        scorer, train, _folds_of(train, _parts(train, seed)), FitReport(), Steps(1, None), 0, {}
     )
     base.choose_ridges(tried)
     for part in folds(known.names(), TINY_FOLDS, seed):
@@ -185,24 +188,6 @@ def _alike(losses: Tensor, least: Tensor) -> bool:
     return bool(more.mean() <= more.std(correction=0) / len(more) ** 0.5)
 
 
-class _Steps:
-    """Reports how many bases were fitted: for each fold, one for each pair of ridges, then four (to
-    choose the precision, to tune and to calibrate twice); the last one at the end.
-    """
-
-    def __init__(self, count: int, done: Progress | None):
-        self.steps, self.total, self.done = 0, count, done
-
-    def step(self) -> None:
-        self.steps = min(self.steps + 1, self.total - 1)  # not every head is tuned
-        if self.done is not None:
-            self.done(self.steps, self.total)
-
-    def finish(self) -> None:
-        if self.done is not None:
-            self.done(self.total, self.total)
-
-
 class _Base(NamedTuple):
     """The base of the strengths in the report, fitted on one set of users after the other."""
 
@@ -210,7 +195,7 @@ class _Base(NamedTuple):
     plain: TrainingSet
     folds: list[_Fold]
     report: FitReport
-    steps: _Steps
+    steps: Steps
     rank: int  # of the learned prior; 0 if none is tried
     known: dict[tuple[int, float, int], State]  # by training set, ridge and step of the prior
 
@@ -291,19 +276,29 @@ class _Base(NamedTuple):
         """The losses of held-out users and their error, and that of the learned prior."""
         held_out = self.held_out(self.plain, TrainingSet.prequential_splits)
         evaluate_held_out(self.scorer, held_out, self.report)
-        losses = [group_losses(self.scorer, part.late, part.own) for part in held_out]
-        owners = [user for part in held_out for user in part.late.users]
-        if owners:
-            self.report.loss_user_error = float(error_by_users(torch.cat(losses), owners))
+        if any(len(part.late) for part in held_out):
+            self.report.loss_user_error = float(error_by_users(*self.losses_by_user(held_out)))
         self.report.prior_error = self.error_of_prior()
 
+    def later_losses(self) -> tuple[Tensor, list[str]]:
+        """As `losses_by_user`, of held-out users' later groups."""
+        return self.losses_by_user(self.held_out(self.plain, TrainingSet.prequential_splits))
+
+    def losses_by_user(self, held_out: Sequence[HeldOut]) -> tuple[Tensor, list[str]]:
+        """[G] the losses with own heads, and whose group each is."""
+        losses = [group_losses(self.scorer, part.late, part.own) for part in held_out]
+        return torch.cat(losses), [user for part in held_out for user in part.late.users]
+
     def choose_strengths(self, tried: Strengths) -> None:
-        """The ridges, then the learned prior, then the precision."""
+        """The ridges, then the learned prior, then the precision, then the discount by age."""
+        set_discount(self.scorer, tried.discounts[0])
         self.choose_ridges(tried)
         if self.rank:
             self.choose_basis(tried)
         if self.scorer.head.has_precision:
             self.choose_precision(tried)
+        self.scorer.prior_precision = torch.tensor(self.report.precision)
+        choose_discount(self.scorer, tried.discounts, self.report, self.later_losses)
 
     def choose_ridges(self, tried: Strengths) -> None:
         """The ridges of the base, by the loss of users whom it has not seen. Where side weights

@@ -28,6 +28,7 @@ from hydra_llm.training.dataset import (
     in_set_order,
     make_training_set,
 )
+from hydra_llm.training.discounts import rates_of, set_discount
 from hydra_llm.training.sgd import TextSource, fit_unseen, held_out_users, seeded, train_jointly
 from hydra_llm.training.strengths import Keep, Strengths, cross_fitted_losses, fit_scorer, unkept
 
@@ -86,16 +87,16 @@ def train_scorer(
         labelled = training_set(bundle, data.rule, scorer, data.groups(bundle.featurizer))
     if head.convex:
         unseen = held_out_users(labelled, config) if trains else ()
+        strengths = replace(strengths, discounts=rates_of(bundle.settings))
         options: dict[str, Any] = {"seed": config.seed, "unseen": unseen, "strengths": strengths}
-        options["rank"] = rank_of_prior(bundle, by_label=data.by_label)
-        options |= {"done": partial(progress, f"fit {name}"), "keep": keep}
+        options |= {"rank": rank_of_prior(bundle, by_label=data.by_label), "keep": keep}
+        options["done"] = partial(progress, f"fit {name}")
         fit_report, own_heads = fit_scorer(scorer, labelled, **options)
     else:
         fit_report, own_heads = fit_unseen(scorer, labelled, config)
-    scorers = {**bundle.scorers, name: scorer.eval()}
     heads = {**bundle.heads, name: with_times(joint_heads | own_heads, bundle.records)}
-    reports = {**bundle.report, name: report | fit_report.to_json(convex=head.convex)}
-    return replace(bundle, scorers=scorers, heads=heads, report=reports)
+    own = {**bundle.report, name: report | fit_report.to_json(convex=head.convex)}
+    return replace(bundle, scorers={**bundle.scorers, name: scorer.eval()}, heads=heads, report=own)
 
 
 def refitted_losses(
@@ -122,6 +123,7 @@ def _blank_scorer(bundle: Bundle, data: LabelledData, groups: Sequence[LabelledG
         interaction = make_features(bundle, groups, by_label=data.by_label)
         head = make_head(settings.head, interaction, rank=settings.rank)
         scorer = Scorer(interaction, head, data.side_names, loss=settings.loss)
+    set_discount(scorer, rates_of(settings)[0])
     scorer.gain_spread = torch.tensor(gain_spread(groups))
     if data.rule == "graded" and scorer.loss == "listwise" and bundle.word_model:
         # Targets are gains over their spread: so are scores that estimate them.

@@ -8,8 +8,10 @@ order (model/laplace.py), and feedback moves it without a new fit:
     minimise over a   Σ over the judged groups of loss(a) + ½ (a − a_fit)ᵀ (λ + n·F) (a − a_fit)
 
 a_fit is the head as it was fitted on n records, λ the prior's precision (of each coordinate, where
-the basis is learned), F the mean Fisher information of a group. Letters: U users, G groups, C
-candidates, V length of θ₀, K coordinates.
+the basis is learned), F the mean Fisher information of a group. Where the records count k times
+what they did (a discount, a change of taste) n is k·n, and a_fit is k (λ + n·F) / (λ + k·n·F) times
+what it was: the minimum of the prior and of what is left of the records.
+Letters: U users, G groups, C candidates, V length of θ₀, K coordinates.
 """
 
 from dataclasses import replace
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hydra_llm.model.forgetting import counted
 from hydra_llm.model.head import Head
 from hydra_llm.model.heads.base import HeadProblem, VectorShared
 from hydra_llm.model.interactions import Interaction
@@ -127,12 +130,16 @@ class AdditiveHead(VectorShared):
     ) -> Head:
         fitted = Head.of(self.empty()) if head is None else head
         interaction, x = problem.interaction, problem.x[0]
+        prior, seen = self.precisions(problem.precision), counted(fitted.records, problem.discount)
+        fisher = seen * posterior.values
+        if problem.keep < 1:
+            fitted = self._faded(fitted, posterior, prior / (prior + fisher), problem.keep)
         dot, outer = self.design(interaction, problem.x)
         scores = self.score(interaction, x, [fitted] * len(x))
         convex = self._convex(
             problem, scores, lambda v: dot(posterior.turn(v)), lambda r: posterior.back(outer(r))
         )
-        precision = self.precisions(problem.precision) + fitted.records * posterior.values
+        precision = prior + problem.keep * fisher
         if (features := self.explicit(interaction, x)) is None:
             change = newton_cg(convex, precision)
         else:
@@ -140,6 +147,16 @@ class AdditiveHead(VectorShared):
         numbers = torch.tensor(fitted.numbers)
         numbers[: self.coordinates] += posterior.turn(change)[0]
         return Head.of(numbers, fitted.records, fitted.until)
+
+    def _faded(self, head: Head, posterior: LaplacePosterior, prior: Tensor, keep: float) -> Head:
+        """The head as if its records counted `keep` of what they do: nearer to the shared one the
+        less they tell of a direction; `prior` [K] is the prior's share of the precision.
+        """
+        numbers = torch.tensor(head.numbers)
+        own = posterior.back(numbers[None, : self.coordinates])
+        own = own * keep / (prior + keep * (1 - prior))
+        numbers[: self.coordinates] = posterior.turn(own)[0]
+        return Head.of(numbers, head.records, head.until)
 
 
 def _minimise_explicit(problem: Problem, rows: Tensor, precision: Tensor) -> Tensor:

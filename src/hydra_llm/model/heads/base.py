@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hydra_llm.model.forgetting import weights
 from hydra_llm.model.head import Head
 from hydra_llm.model.interactions import Interaction
 from hydra_llm.model.laplace import LaplacePosterior
@@ -57,6 +58,17 @@ class HeadProblem:
     precision: float = 1.0  # of the Gaussian prior around the shared head
     sgd: SGDConfig = SGDConfig()
     start: Tensor | None = None  # [U, P] heads from which a convex fit begins
+    discount: float | None = None  # what a record counts less than the one after it
+    keep: float = 1.0  # what counts of a fitted head's records in its online update
+
+    def discounted(self, positions: Tensor, changed: int | None = None) -> "HeadProblem":
+        """The problem with targets that count less the older they are, where there is a discount,
+        and less before a change of taste; arguments as of `forgetting.weights`.
+        """
+        if self.discount is None and not changed:
+            return self
+        weight = weights(positions, self.mask.any(-1), self.discount, changed)
+        return replace(self, target=self.target * weight[..., None])
 
     def user(self, u: int) -> "HeadProblem":
         """One user's problem without padded groups, U = 1."""
