@@ -62,6 +62,8 @@ class Retrieval(Group):
     """Use only records that may help: auto, unless the task's own instruction asks; always; off."""
     max_prompt_tokens: int = Field(default=1536, ge=64)
     """Token limit of the prompt: the last records are cut first, then the query's text."""
+    private: bool = False
+    """The LLM never sees a record: none is in a prompt, and none is labelled by it."""
 
     @field_validator("retriever")
     @classmethod
@@ -288,6 +290,11 @@ class Settings(Research, Selection, Training, Model, LLM, Retrieval):
         precision = self.encoder_precision
         chosen = "fp32" if precision == "auto" else precision
         return {"pooling": self.pooling, "max_length": self.max_length, "precision": chosen}
+
+    @property
+    def learns_reranker(self) -> bool:
+        """Whether there are records in prompts that a reranker could put in order."""
+        return self.retrieved > 0 and self.rerank != "never" and not self.private
 
     @property
     def training_seed(self) -> int:

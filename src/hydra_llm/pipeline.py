@@ -119,10 +119,10 @@ class Pipeline:
         return render(
             self.task,
             query,
-            records,
+            () if self.settings.private else records,  # they enter prompts here alone
             max_tokens=min(limit, window or limit),
             style=style or self.prompt_style,
-            profile=self.profile,
+            profile="" if self.settings.private else self.profile,
             conversation=conversation,
         )
 

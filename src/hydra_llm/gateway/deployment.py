@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from anyio.to_thread import run_sync
 
 from hydra_llm.config import Settings
-from hydra_llm.errors import HydraError
+from hydra_llm.errors import HydraError, SettingsError
 from hydra_llm.extras import require
 from hydra_llm.gate import LexicalGate
 from hydra_llm.gateway.batching import MicroBatcher
@@ -64,6 +64,11 @@ class Deployment:
     def id(self) -> str:
         """SHA-256 of the bundle's weights, to which heads belong; empty without a bundle."""
         return self.bundle.weights if self.bundle else ""
+
+    @property
+    def private(self) -> bool:
+        """Whether the LLM never sees a record."""
+        return self.pipeline.settings.private
 
     @property
     def gate(self) -> str:
@@ -173,16 +178,22 @@ def open_deployment(
     store: Store, reads: TimedReads, folder: Path | None, settings: ServeSettings, here: Settings
 ) -> Deployment:
     """Load a bundle to answer a store's users with. `here` has the settings that a bundle does not
-    carry, such as the folder of features. Raises `BundleError` if it is missing, damaged or newer.
+    carry, such as the folder of features. Raises `BundleError` if it is missing, damaged or newer,
+    `SettingsError` if there is none in private mode.
     """
     names = {"gate", "retriever", "retrieved", "k", "temperature", "abstention_threshold"}
-    names |= {"max_prompt_tokens", "samples"}
+    names |= {"max_prompt_tokens", "samples", "private"}
     here = with_precision(here, settings)
     overrides = settings.model_dump(include=names, exclude_none=True)
     if settings.placement != "auto":
         overrides["prompt_style"] = settings.placement
     size, queue = settings.users_in_memory, settings.scoring_queue
+    if settings.private is None and here.private:
+        overrides["private"] = True  # said for every command, or the bundle before was private
     if folder is None:
+        if overrides.get("private"):
+            why = "without a bundle records can only be put into prompts"
+            raise SettingsError(f"setting 'private': {why}: give --bundle")
         chosen = here.model_copy(update=WITHOUT_BUNDLE | overrides)
         cache = open_features(chosen) if needs_encoder(chosen.retriever) else None
         embed = cache.texts if cache else None

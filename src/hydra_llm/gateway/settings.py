@@ -52,6 +52,8 @@ class ServeSettings(config.Group):
     """
     max_prompt_tokens: int | None = Field(default=None, ge=64)
     """Token limit of the prompt, caller's text never cut; None is the bundle's, 4096 without."""
+    private: bool | None = None
+    """As `retrieval.private`: no record is sent to the LLM; None is the bundle's value."""
     deadline: float = Field(default=60.0, gt=0)
     """Samples later than this many seconds are dropped, once any answer has arrived."""
     upstream_timeout: float = Field(default=600.0, gt=0)

@@ -21,6 +21,7 @@ from hydra_llm.gateway.telemetry import log
 from hydra_llm.gateway.user_cache import texts_of, to_stored
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.concurrency import StageProgress
+from hydra_llm.llm.none import NoLLM
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.head import Head
 from hydra_llm.store.change import FEEDBACK_ID, NoSuchUser, StaleVersion
@@ -142,17 +143,20 @@ class Worker:
         """The user's heads, fitted on these records; a kept fit goes on."""
         from hydra_llm.training.api import fit
 
-        if self._llm is None:
+        private = bundle.settings.private
+        if self._llm is None and not private:
             raise HydraError("this server has no LLM that could label candidates")
-        bundle = replace(bundle, settings=bundle.learned_with or bundle.settings)
+        learned_with = bundle.learned_with or bundle.settings
+        settings = learned_with.model_copy(update={"private": private})
+        bundle = replace(bundle, settings=settings)
         data = DataSet.from_records(bundle.task, {job.user: "test"}, records, [])
 
         def progress(stage: str, done: int, total: int) -> None:
             if self._ended or not self._store.update_job(job.id, done, total):
                 raise Stopped
 
-        paid = PaidLLM(self._llm, bill, self._ledger)
-        return fit(data, bundle, paid, users=[job.user], progress=progress, kept=kept)
+        llm = PaidLLM(self._llm, bill, self._ledger) if self._llm and not private else NoLLM()
+        return fit(data, bundle, llm, users=[job.user], progress=progress, kept=kept)
 
     def _with_feedback(
         self, bundle: "Bundle", user: str, fitted: "Learned", judged: Sequence[StoredFeedback]
