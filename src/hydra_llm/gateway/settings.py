@@ -131,6 +131,9 @@ class ServeSettings(config.Group):
     spend_days: int = Field(default=400, ge=1)
     """Days after which what was spent is nobody's, and of no key; the sums stay."""
 
+    audit_days: int = Field(default=365, ge=1)
+    """Days that the audit log is kept: who has read or deleted what."""
+
     # ---- limits
     max_body_bytes: int = Field(default=16 * 2**20, ge=1024)
     """Max size of a request body; the rest of a longer one is not read."""
