@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from hydra_llm import environment as env
 from hydra_llm.errors import SettingsError, did_you_mean
-from hydra_llm.plugins import HEADS, RETRIEVERS, Registry, read_prompts
+from hydra_llm.plugins import DETECTORS, HEADS, RETRIEVERS, Registry, read_prompts
 from hydra_llm.presets import PRESETS
 from hydra_llm.setting_names import Names
 
@@ -103,6 +103,10 @@ class LLM(Group):
     """Price per million completion tokens."""
     prices: Path | None = None
     """TOML file of prices by model, above the list that is shipped; see docs/spend.md."""
+    mask: str = ""
+    """Personal data that the LLM gets as placeholders: email, phone, card, iban, name, or plug-ins,
+    with commas. Answers have it again; see docs/privacy.md.
+    """
     cache: Path = Field(default_factory=env.cache_folder)
     """Folder of the on-disk caches: LLM answers and encoder features."""
 
@@ -112,6 +116,11 @@ class LLM(Group):
         if value == "auto" or (str(value).isdecimal() and int(str(value)) > 0):
             return value
         raise ValueError("write auto, or a whole number from 1")
+
+    @field_validator("mask")
+    @classmethod
+    def _known_detectors(cls, names: str) -> str:
+        return ",".join(known(DETECTORS, own) for own in names.replace(",", " ").split())
 
     @field_validator("cache", "prices")
     @classmethod

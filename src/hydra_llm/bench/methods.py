@@ -17,6 +17,7 @@ from hydra_llm.bench.choices import by_lot
 from hydra_llm.bench.method import Answerer, Method, Parts, method
 from hydra_llm.context import Context
 from hydra_llm.llm.base import Sampling
+from hydra_llm.llm.masked import masked
 from hydra_llm.pipeline import UserPipeline, answer_text
 from hydra_llm.plugins import PROMPTS
 from hydra_llm.retrieve import Nothing, make_retriever
@@ -84,7 +85,8 @@ class Profiled:
         async with self.locks.setdefault(key, anyio.Lock()):
             if key not in self.profiles:
                 sampling = Sampling(max_tokens=PROFILE_TOKENS)
-                written = await self.inner.llm.generate(self._question(context.visible), sampling)
+                llm = masked(self.inner.llm, self.inner.settings.mask)
+                written = await llm.generate(self._question(context.visible), sampling)
                 self.profiles[key], usage = answer_text(written.texts[0]).strip(), written.usage
         answer = await replace(self.inner, profile=self.profiles[key]).aanswer(context)
         total = answer.proposal.usage + usage

@@ -28,7 +28,7 @@ def create_key(sent: KeyIn, http: Request) -> dict[str, Any]:
         raise ApiError(400, "name the key's users, or make it an administrator's", param="users")
     full = sent.admin and set(PURPOSES) <= {*sent.purposes}
     if http.state.caller is WITHOUT_KEYS and not full:
-        fault = "make an administrator's key with every purpose first"
+        fault = "make an administrator's key first, with every purpose"
         message = f"{fault}: with this one alone nobody could make more here"
         raise ApiError(400, message, param="admin")
     if sent.label and (fault := text_fault(sent.label)):

@@ -182,7 +182,7 @@ def open_deployment(
     `SettingsError` if there is none in private mode.
     """
     names = {"gate", "retriever", "retrieved", "k", "temperature", "abstention_threshold"}
-    names |= {"max_prompt_tokens", "samples", "private"}
+    names |= {"max_prompt_tokens", "samples", "private", "mask"}
     here = with_precision(here, settings)
     overrides = settings.model_dump(include=names, exclude_none=True)
     if settings.placement != "auto":

@@ -147,7 +147,8 @@ class Worker:
         if self._llm is None and not private:
             raise HydraError("this server has no LLM that could label candidates")
         learned_with = bundle.learned_with or bundle.settings
-        settings = learned_with.model_copy(update={"private": private})
+        own = {"private": private, "mask": bundle.settings.mask}
+        settings = learned_with.model_copy(update=own)
         bundle = replace(bundle, settings=settings)
         data = DataSet.from_records(bundle.task, {job.user: "test"}, records, [])
 

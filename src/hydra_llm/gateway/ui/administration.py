@@ -121,7 +121,7 @@ def create_key(here: Here, form: Form) -> Response:
     admin = form.get("kind") == "admin"
     try:
         label = form.get("label", "").strip()
-        purposes = [own for own in PURPOSES if form.get(own)]
+        purposes = [own for own in PURPOSES if form.get(own) or "purposes" not in form]
         about: dict[str, Any] = {"admin": admin, "label": label, "purposes": purposes}
         sent = valid(KeyIn, users=[] if admin else users, **about)
         made = admin_routes.create_key(sent, here.http)
