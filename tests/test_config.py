@@ -128,7 +128,7 @@ def another(name: str) -> str | int | float:
         return str(not default).lower()
     if isinstance(default, str):
         known = {"head": "kernel", "retriever": "hybrid", "candidate_prompts": "zero-shot"}
-        known["engine"] = "ray"
+        known |= {"engine": "ray", "mask": "email"}
         return known.get(name, "x")
     return 0.25 if isinstance(default, float) else "100"
 

@@ -94,7 +94,7 @@ def test_the_llm_sees_no_record(task: Task, settings: dict[str, Any]) -> None:
     assert np.any(head.numbers) == bool(task.labels)
 
 
-def test_a_private_fit_of_a_bundle_that_was_shown_records_asks_nothing() -> None:
+def test_a_private_fit_of_any_bundle_asks_nothing() -> None:
     data, llm = data_of(TITLES), Noted()
     chosen = Settings(word_model=False, rerank="never", **SMALL)
     bundle = learn(data, llm, chosen, strengths=ONE_STRENGTH).bundle

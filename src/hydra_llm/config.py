@@ -62,8 +62,6 @@ class Retrieval(Group):
     """Use only records that may help: auto, unless the task's own instruction asks; always; off."""
     max_prompt_tokens: int = Field(default=1536, ge=64)
     """Token limit of the prompt: the last records are cut first, then the query's text."""
-    private: bool = False
-    """The LLM never sees a record: none is in a prompt, and none is labelled by it."""
 
     @field_validator("retriever")
     @classmethod
@@ -103,10 +101,6 @@ class LLM(Group):
     """Price per million completion tokens."""
     prices: Path | None = None
     """TOML file of prices by model, above the list that is shipped; see docs/spend.md."""
-    mask: str = ""
-    """Personal data that the LLM gets as placeholders: email, phone, card, iban, name, or plug-ins,
-    with commas. Answers have it again; see docs/privacy.md.
-    """
     cache: Path = Field(default_factory=env.cache_folder)
     """Folder of the on-disk caches: LLM answers and encoder features."""
 
@@ -116,11 +110,6 @@ class LLM(Group):
         if value == "auto" or (str(value).isdecimal() and int(str(value)) > 0):
             return value
         raise ValueError("write auto, or a whole number from 1")
-
-    @field_validator("mask")
-    @classmethod
-    def _known_detectors(cls, names: str) -> str:
-        return ",".join(known(DETECTORS, own) for own in names.replace(",", " ").split())
 
     @field_validator("cache", "prices")
     @classmethod
@@ -248,10 +237,21 @@ class Research(Group):
     fit_seed: int | None = Field(default=None, ge=0)
     """Seed of folds and training; None is `seed`. Bundles differing in it alone share labels."""
 
+    private: bool = False
+    """The LLM never sees a record: none is in a prompt, and none is labelled by it."""
+    mask: str = ""
+    """Personal data that the LLM gets as placeholders: email, phone, card, iban, name, or plug-ins,
+    with commas. Answers have it again; see docs/privacy.md.
+    """
     engine: str = "local"
     """Who labels, encodes and fits heads: local, this process; ray, workers of Ray on this machine
     or of the cluster that it is part of; ray:HOST:PORT, of that cluster. The results are the same.
     """
+
+    @field_validator("mask")
+    @classmethod
+    def _known_detectors(cls, names: str) -> str:
+        return ",".join(known(DETECTORS, own) for own in names.replace(",", " ").split())
 
     @field_validator("engine")
     @classmethod
@@ -317,11 +317,11 @@ class Settings(Research, Selection, Training, Model, LLM, Retrieval):
 
 
 LOCAL = frozenset(LLM.model_fields) - {"max_tokens", "samples", "temperature", "constrain"}
-LOCAL |= {"engine"}
+LOCAL |= {"engine", "mask"}
 """Settings that a bundle does not carry: they belong to the machine and the run."""
 
 CHANGEABLE = {"prompt_style", "greedy_first", "parsing", "rerank", "vote_share", "ask"}
-CHANGEABLE |= {"candidate_prompts", "encoder_precision", "engine"}
+CHANGEABLE |= {"candidate_prompts", "encoder_precision", "engine", "private", "mask"}
 _LEARNED = {"users", "labelled_users", *Model.model_fields, *Research.model_fields}
 FIXED = frozenset(_LEARNED - CHANGEABLE)
 """Fixed when a bundle is learned. `fit`, `ask`, `bench run` may change LLM calls and selection."""

@@ -187,20 +187,11 @@ def open_deployment(
     overrides = settings.model_dump(include=names, exclude_none=True)
     if settings.placement != "auto":
         overrides["prompt_style"] = settings.placement
-    size, queue = settings.users_in_memory, settings.scoring_queue
     if settings.private is None and here.private:
         overrides["private"] = True  # said for every command, or the bundle before was private
     if folder is None:
-        if overrides.get("private"):
-            why = "without a bundle records can only be put into prompts"
-            raise SettingsError(f"setting 'private': {why}: give --bundle")
         chosen = here.model_copy(update=WITHOUT_BUNDLE | overrides)
-        cache = open_features(chosen) if needs_encoder(chosen.retriever) else None
-        embed = cache.texts if cache else None
-        retriever = make_retriever(chosen.retriever, embed=embed, seed=chosen.seed)
-        pipeline = Pipeline(ANY_TASK, retriever, chosen, gate=LexicalGate(embed))
-        users, batcher = UserCache(store, None, size, cache), MicroBatcher(embed, queue, None)
-        return Deployment(store, reads, pipeline, users, batcher, None, cache, cache is not None)
+        return _without_bundle(store, reads, chosen, settings)
     require("learn", f"the bundle {folder} (reranker and adapter)")
     from hydra_llm.bundle import Bundle
 
@@ -216,8 +207,8 @@ def open_deployment(
     dense = needs_encoder(chosen.retriever)
     vectors = dense or chosen.features == "tower" or "dense" in chosen.candidate_prompts
     encoded = features if vectors else None
-    users = UserCache(store, bundle, size, encoded)
-    batcher = MicroBatcher(features.texts, queue, pairs)
+    users = UserCache(store, bundle, settings.users_in_memory, encoded)
+    batcher = MicroBatcher(features.texts, settings.scoring_queue, pairs)
     return Deployment(store, reads, bundle.pipeline(), users, batcher, bundle, features, dense)
 
 
@@ -230,6 +221,22 @@ def with_precision(here: Settings, settings: ServeSettings) -> Settings:
 
         precision = fastest()
     return here.model_copy(update={"encoder_precision": precision}) if precision else here
+
+
+def _without_bundle(
+    store: Store, reads: TimedReads, chosen: Settings, settings: ServeSettings
+) -> Deployment:
+    """Records in prompts, and no more."""
+    if chosen.private:
+        why = "without a bundle records can only be put into prompts"
+        raise SettingsError(f"setting 'private': {why}: give --bundle")
+    cache = open_features(chosen) if needs_encoder(chosen.retriever) else None
+    embed = cache.texts if cache else None
+    retriever = make_retriever(chosen.retriever, embed=embed, seed=chosen.seed)
+    pipeline = Pipeline(ANY_TASK, retriever, chosen, gate=LexicalGate(embed))
+    users = UserCache(store, None, settings.users_in_memory, cache)
+    batcher = MicroBatcher(embed, settings.scoring_queue, None)
+    return Deployment(store, reads, pipeline, users, batcher, None, cache, cache is not None)
 
 
 def open_features(settings: Settings, what: str = "") -> FeatureCache:

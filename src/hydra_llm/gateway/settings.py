@@ -53,9 +53,9 @@ class ServeSettings(config.Group):
     max_prompt_tokens: int | None = Field(default=None, ge=64)
     """Token limit of the prompt, caller's text never cut; None is the bundle's, 4096 without."""
     private: bool | None = None
-    """As `retrieval.private`: no record is sent to the LLM; None is the bundle's value."""
+    """As `research.private`: no record is sent to the LLM; None is the bundle's value."""
     mask: str | None = None
-    """As `llm.mask`: personal data that the LLM gets as placeholders; None is that setting."""
+    """As `research.mask`: personal data that the LLM gets as placeholders; None is that setting."""
     deadline: float = Field(default=60.0, gt=0)
     """Samples later than this many seconds are dropped, once any answer has arrived."""
     upstream_timeout: float = Field(default=600.0, gt=0)
@@ -180,7 +180,7 @@ class ServeSettings(config.Group):
     @field_validator("mask")
     @classmethod
     def _known_detectors(cls, names: str | None) -> str | None:
-        return names and config.LLM.checked({"mask": names}).mask
+        return names and config.Research.checked({"mask": names}).mask
 
     @field_validator("cors_origins")
     @classmethod

@@ -130,11 +130,9 @@ async def afit(
 
     `kept`: the `kept` of an earlier result, or an empty dict, so that the result has one. Where a
     user's history has only grown at its end, just the new records are labelled and encoded. With
-    the setting `private` the LLM is not asked.
-
-    Raises SettingsError: `settings` change what was fixed in learning; `Bundle.settings_with` makes
-    some that do not. UnknownUser: a user whom the data set does not have. DataError: the data set
-    is of another task than the bundle.
+    `private` the LLM is not asked. Raises SettingsError: `settings` change what was fixed in
+    learning; `Bundle.settings_with` makes some that do not. UnknownUser: a user whom the data set
+    does not have. DataError: the data set is of another task than the bundle.
     """
     given = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     if settings is not None:
