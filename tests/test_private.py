@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hydra_llm import Personalizer, fit, learn
+from hydra_llm.bench.folds import deal
 from hydra_llm.bench.method import check_methods, find_methods
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
@@ -20,6 +21,7 @@ from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.pipeline import Pipeline
 from hydra_llm.retrieve import Recent
 from hydra_llm.tasks.base import Task
+from hydra_llm.training.private import check_private
 from hydra_llm.types import Generation, Message, Query, Record
 from tests.learning import ONE_STRENGTH
 
@@ -141,6 +143,13 @@ def test_methods_that_show_records_are_refused() -> None:
         check_methods(methods, TAGS, chosen, without_llm=False)
     check_methods(methods[:2], TAGS, chosen, without_llm=False)
     check_methods(methods, TAGS, Settings(), without_llm=False)
+
+
+@pytest.mark.parametrize("task", [TAGS, TITLES])
+def test_runs_by_folds_may_be_private(task: Task) -> None:
+    for fold in deal(data_of(task), Settings(private=True), 2):
+        check_private(fold.settings)
+        assert fold.settings.label_queries == "queries"
 
 
 def test_a_profile_is_no_way_around() -> None:
