@@ -70,7 +70,7 @@ def show_audit(
     after: After = "",
     limit: Limit = 100,
     user: Id | None = None,
-    key: Annotated[str | None, Query(max_length=MAX_ID)] = None,
+    key: Id | None = None,
 ) -> dict[str, Any]:
     """Who has read or deleted what is kept (of a user, with a key), newest first, without content.
     `person` is a keyed hash of the user: the same for the same user, also after a deletion.
