@@ -147,7 +147,7 @@ def test_methods_that_show_records_are_refused() -> None:
 
 @pytest.mark.parametrize("task", [TAGS, TITLES])
 def test_runs_by_folds_may_be_private(task: Task) -> None:
-    for fold in deal(data_of(task), Settings(private=True), 2):
+    for fold in deal(data_of(task), Settings(private=True), 2, users=None, limit=None):
         check_private(fold.settings)
         assert fold.settings.label_queries == "queries"
 
