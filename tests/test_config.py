@@ -128,7 +128,7 @@ def another(name: str) -> str | int | float:
         return str(not default).lower()
     if isinstance(default, str):
         known = {"head": "kernel", "retriever": "hybrid", "candidate_prompts": "zero-shot"}
-        known |= {"engine": "ray", "discount": "auto"}
+        known |= {"engine": "ray", "discount": "auto", "mask": "email"}
         return known.get(name, "x")
     return 0.25 if isinstance(default, float) else "100"
 

@@ -138,7 +138,7 @@ class Bundle:
         reranker: Reranker = KeepOrder()
         selector: Selector = FirstCandidate()
         wanted = {"always": True, "never": False}.get(chosen.rerank, self.use_reranker)
-        if rerank and self.reranker and wanted:
+        if rerank and self.reranker and wanted and not chosen.private:
             reranker = LearnedReranker(self.reranker, featurizer, with_answer=chosen.record_answer)
         if adapt and self.adapter:
             selector = LearnedSelector(self.adapter, featurizer, chosen)

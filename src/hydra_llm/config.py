@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from hydra_llm import environment as env
 from hydra_llm.errors import SettingsError, did_you_mean
-from hydra_llm.plugins import HEADS, RETRIEVERS, Registry, read_prompts
+from hydra_llm.plugins import DETECTORS, HEADS, RETRIEVERS, Registry, read_prompts
 from hydra_llm.presets import PRESETS
 from hydra_llm.setting_names import Names
 
@@ -242,10 +242,21 @@ class Research(Group):
     fit_seed: int | None = Field(default=None, ge=0)
     """Seed of folds and training; None is `seed`. Bundles differing in it alone share labels."""
 
+    private: bool = False
+    """The LLM never sees a record: none is in a prompt, and none is labelled by it."""
+    mask: str = ""
+    """Personal data that the LLM gets as placeholders: email, phone, card, iban, name, or plug-ins,
+    with commas. Answers have it again; see docs/privacy.md.
+    """
     engine: str = "local"
     """Who labels, encodes and fits heads: local, this process; ray, workers of Ray on this machine
     or of the cluster that it is part of; ray:HOST:PORT, of that cluster. The results are the same.
     """
+
+    @field_validator("mask")
+    @classmethod
+    def _known_detectors(cls, names: str) -> str:
+        return ",".join(known(DETECTORS, own) for own in names.replace(",", " ").split())
 
     @field_validator("engine")
     @classmethod
@@ -303,6 +314,11 @@ class Settings(Research, Selection, Training, Model, LLM, Retrieval):
         return {"pooling": self.pooling, "max_length": self.max_length, "precision": chosen}
 
     @property
+    def learns_reranker(self) -> bool:
+        """Whether there are records in prompts that a reranker could put in order."""
+        return self.retrieved > 0 and self.rerank != "never" and not self.private
+
+    @property
     def training_seed(self) -> int:
         """The seed of folds and training."""
         return self.seed if self.fit_seed is None else self.fit_seed
@@ -314,11 +330,11 @@ class Settings(Research, Selection, Training, Model, LLM, Retrieval):
 
 
 LOCAL = frozenset(LLM.model_fields) - {"max_tokens", "samples", "temperature", "constrain"}
-LOCAL |= {"engine"}
+LOCAL |= {"engine", "mask"}
 """Settings that a bundle does not carry: they belong to the machine and the run."""
 
 CHANGEABLE = {"prompt_style", "greedy_first", "parsing", "rerank", "vote_share", "ask"}
-CHANGEABLE |= {"candidate_prompts", "encoder_precision", "engine"}
+CHANGEABLE |= {"candidate_prompts", "encoder_precision", "engine", "private", "mask"}
 _LEARNED = {"users", "labelled_users", *Model.model_fields, *Research.model_fields}
 FIXED = frozenset(_LEARNED - CHANGEABLE)
 """Fixed when a bundle is learned. `fit`, `ask`, `bench run` may change LLM calls and selection."""

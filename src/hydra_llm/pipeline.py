@@ -18,6 +18,7 @@ from hydra_llm.gate import NOT_RELEVANT, OFF_TASK, Gate, OpenGate
 from hydra_llm.history import before
 from hydra_llm.llm.base import ChatLLM, PartlyFailed, Sampling
 from hydra_llm.llm.concurrency import gathered, run_sync
+from hydra_llm.llm.masked import masked
 from hydra_llm.model.head import Head, usable_head
 from hydra_llm.prompt import Prompt, render
 from hydra_llm.rerank import KeepOrder, Reranker
@@ -119,10 +120,10 @@ class Pipeline:
         return render(
             self.task,
             query,
-            records,
+            () if self.settings.private else records,  # they enter prompts here alone
             max_tokens=min(limit, window or limit),
             style=style or self.prompt_style,
-            profile=self.profile,
+            profile="" if self.settings.private else self.profile,
             conversation=conversation,
         )
 
@@ -253,7 +254,7 @@ class Pipeline:
 
         async def call(sampling: Sampling) -> Result:
             try:
-                return await llm.generate(prompt.messages, sampling)
+                return await masked(llm, settings.mask).generate(prompt.messages, sampling)
             except LLMError as error:
                 return error
 

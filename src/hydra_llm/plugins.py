@@ -136,6 +136,12 @@ def read_prompts(names: str) -> list[tuple[str, int]]:
     return found
 
 
+DETECTORS: Registry[Any] = Registry(
+    "hydra_llm.detectors",
+    {own: f"hydra_llm.masking:{own}" for own in ("email", "phone", "card", "iban", "name")},
+    needs=("__call__",),
+)
+"""Of personal data, called as `detector(text)`: the spans of a text that are (masking.py)."""
 HEADS: Registry[Any] = Registry(
     "hydra_llm.heads",
     {

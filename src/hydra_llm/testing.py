@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from hydra_llm.errors import LLMRefused
 from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.llm.concurrency import run_sync
+from hydra_llm.masking import Detector, Mask
 from hydra_llm.model.heads import Head, HeadKind, HeadProblem, SGDConfig
 from hydra_llm.model.interactions import Cross, Groups, Interaction, LabelBilinear
 from hydra_llm.model.laplace import LaplacePosterior
 from hydra_llm.model.newton import losses
 from hydra_llm.model.users_file import head_of, pack_head
-from hydra_llm.plugins import HEADS
+from hydra_llm.plugins import DETECTORS, HEADS
 from hydra_llm.retrieve import Retriever, make_retriever
 from hydra_llm.tasks.base import KINDS, FeatureContext, Floats, Pairs, Parsing, Task
 from hydra_llm.types import Candidate, Generation, Query, Record
@@ -332,3 +333,11 @@ def check_retriever(retriever: Retriever | str) -> None:
     edited = [Record("u", "0", "an edited text", "answer", position=0)]
     ranking = retriever.retrieve(query, edited, 1)
     assert all(item.record in edited for item in ranking), "an edited record is found as it was"
+
+
+def check_detector(detector: Detector | str) -> None:
+    """Check a detector of personal data: spans within the text, and the text comes back."""
+    own = DETECTORS.load(detector) if isinstance(detector, str) else detector
+    for text in (*TEXTS, *ODD_TEXTS, "write to ada@example.org, +1 415-555-2671"):
+        mask = Mask({"checked": own}, text)
+        assert mask.show(mask.hide(text)) == text, f"{text!r} does not come back"

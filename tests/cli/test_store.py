@@ -21,12 +21,12 @@ def test_a_store_is_created_checked_backed_up_and_restored(
         str(tmp_path / "backup.db"),
     )
     assert run(["store", "migrate", "--store", url, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"from": None, "to": "0008"}
+    assert json.loads(capsys.readouterr().out) == {"from": None, "to": LATEST}
     store = Store(url)
     store.add_records("ada", [Record("ada", "r1", "question", "yes")])
     store.close()
     assert run(["store", "migrate", "--store", url, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"from": "0008", "to": "0008"}
+    assert json.loads(capsys.readouterr().out) == {"from": LATEST, "to": LATEST}
     assert run(["store", "backup", backup, "--store", url]) == 0
     assert f"wrote {backup}: it holds users' texts" in capsys.readouterr().err
     assert run(["store", "restore", backup, "--store", other, "--json"]) == 0

@@ -26,6 +26,7 @@ ADMIN_ENDPOINTS: list[tuple[str, str, Any]] = [
     ("DELETE", "/v1/keys/{key}", None),
     ("GET", "/v1/jobs", None),
     ("GET", "/v1/activity", None),
+    ("GET", "/v1/audit", None),
 ]
 
 

@@ -180,8 +180,7 @@ class UnlearnedParts(Parts):
         self, *, rerank: bool = False, adapt: bool = False, **settings: object
     ) -> UserPipeline:
         pipeline = super().personalizer(rerank=rerank, adapt=adapt, **settings)
-        never = self.settings.rerank == "never" or self.settings.retrieved == 0
-        unknown = rerank and self.bundle.reranker is None and not never
+        unknown = rerank and self.bundle.reranker is None and self.settings.learns_reranker
         return replace(pipeline, reranker=ReversedOrder()) if unknown else pipeline
 
 
@@ -204,7 +203,7 @@ async def _go_through(experiment: Experiment, llm: DryRunLLM) -> tuple[int, floa
         queries_of = partial(labelling.training_queries, data.task, count=settings.queries_per_user)
         own = {user: bundle.records[user] for user in new}
         latest = Asked({user: queries_of(records) for user, records in own.items()}, own)
-        reranks = settings.retrieved > 0 and settings.rerank != "never"
+        reranks = settings.learns_reranker
         for stage, asked, needed in (
             ("label records", labelled, reranks and labelling.asks_of_records(settings)),
             ("choose sampling", labelled, settings.choose == "auto"),

@@ -76,7 +76,7 @@ def deal(
 
 def _fold_settings(data: DataSet, settings: Settings, labelled: int) -> Settings:
     """What `auto` means in a fold, and no label of a user who is not evaluated."""
-    known = "queries" if offers_all(data.task, settings) else "both"
+    known = "queries" if settings.private or offers_all(data.task, settings) else "both"
     most = labelled if settings.labelled_users is None else min(labelled, settings.labelled_users)
     chosen: dict[str, object] = {"labelled_users": most}
     if settings.label_queries == "auto":

@@ -106,6 +106,7 @@ class Method:
     only_choices: bool = False  # it answers recorded choices only, by `build`
     asks: Literal["always", "votes", "never"] = "always"  # an LLM; for an adapter's votes
     per_sample: bool = False  # it answers once per sample, with the sample's index as the seed
+    private: bool = True  # False: without records in prompts it is another method, or none
     given: Mapping[str, int] = field(default_factory=dict)  # its parameters, if the name has any
 
     def answers(self, kind: str | None) -> bool:
@@ -257,12 +258,22 @@ def find_methods(
     return list({method.name: method for method in methods}.values())
 
 
-def check_without_llm(
-    methods: Sequence[Method], task: Task, settings: Settings, bundle: Bundle | None
+def check_methods(
+    methods: Sequence[Method],
+    task: Task,
+    settings: Settings,
+    bundle: Bundle | None = None,
+    *,
+    without_llm: bool,
 ) -> None:
-    """SettingsError: one of the methods asks an LLM."""
+    """SettingsError: one of the methods asks an LLM where there is none, or shows it records in
+    private mode.
+    """
+    if showing := [method.name for method in methods if settings.private and not method.private]:
+        fault = "shows the LLM records, which the setting 'private' forbids"
+        raise SettingsError(f"method '{showing[0]}' {fault}: leave out {', '.join(showing)}")
     asking = [method for method in methods if method.asks_llm(task, settings, bundle)]
-    if asking:
+    if asking and without_llm:
         every = (m for m in map(load_method, METHODS.names()) if not m.only_choices)
         others = (method for method in every if method.answers(task.kind))
         able = [m.name for m in others if not m.asks_llm(task, settings, bundle)]

@@ -17,6 +17,7 @@ from hydra_llm.bench.choices import by_lot
 from hydra_llm.bench.method import Answerer, Method, Parts, method
 from hydra_llm.context import Context
 from hydra_llm.llm.base import Sampling
+from hydra_llm.llm.masked import masked
 from hydra_llm.pipeline import UserPipeline, answer_text
 from hydra_llm.plugins import PROMPTS
 from hydra_llm.retrieve import Nothing, make_retriever
@@ -34,7 +35,7 @@ def zero_shot(parts: Parts) -> Answerer:
     return replace(parts.personalizer(**GREEDY, k=0), retriever=Nothing())
 
 
-@method("prompt", takes=("k",), source="LaMP; HYDRA 4.1", uses=())
+@method("prompt", takes=("k",), source="LaMP; HYDRA 4.1", uses=(), private=False)
 def rag(parts: Parts) -> Answerer:
     """The retriever's first k records in the prompt."""
     return parts.personalizer(**GREEDY)
@@ -46,7 +47,8 @@ def _rag_with(name: str, what: str, source: str) -> Method:
         chosen = make_retriever(PROMPTS[name], embed=embed, seed=seed)
         return replace(parts.personalizer(**GREEDY), retriever=chosen)
 
-    return Method(name, what, "prompt", build, takes=("k",), source=source, uses=())
+    fields: Any = {"takes": ("k",), "source": source, "uses": (), "private": False}
+    return Method(name, what, "prompt", build, **fields)
 
 
 icl_random = _rag_with("icl-random", "K random records in the prompt", "HYDRA 4.1")
@@ -54,7 +56,7 @@ recent = _rag_with("recent", "The k latest records in the prompt", "LaMP")
 rag_dense = _rag_with("rag-dense", "The k nearest records by the encoder", "LaMP")
 
 
-@method("prompt", takes=("k",), source="Richardson et al. 2023; HYDRA 4.1", uses=())
+@method("prompt", takes=("k",), source="Richardson et al. 2023; HYDRA 4.1", uses=(), private=False)
 def pag(parts: Parts) -> Answerer:
     """A profile written by the LLM, and k records."""
     return Profiled(parts.personalizer(**GREEDY))
@@ -83,7 +85,8 @@ class Profiled:
         async with self.locks.setdefault(key, anyio.Lock()):
             if key not in self.profiles:
                 sampling = Sampling(max_tokens=PROFILE_TOKENS)
-                written = await self.inner.llm.generate(self._question(context.visible), sampling)
+                llm = masked(self.inner.llm, self.inner.settings.mask)
+                written = await llm.generate(self._question(context.visible), sampling)
                 self.profiles[key], usage = answer_text(written.texts[0]).strip(), written.usage
         answer = await replace(self.inner, profile=self.profiles[key]).aanswer(context)
         total = answer.proposal.usage + usage
@@ -97,7 +100,14 @@ class Profiled:
         return [{"role": "user", "content": PROFILE.replace("{records}", "\n".join(lines))}]
 
 
-@method("hydra", takes=("k",), source="HYDRA 4.2", uses=("reranker",), requires=("reranker",))
+@method(
+    "hydra",
+    takes=("k",),
+    source="HYDRA 4.2",
+    uses=("reranker",),
+    requires=("reranker",),
+    private=False,
+)
 def hydra_reranker(parts: Parts) -> Answerer:
     """Reranked records, first answer."""
     return parts.with_settings(rerank="always").personalizer(rerank=True, **GREEDY)
@@ -116,7 +126,9 @@ def hydra_adapter(parts: Parts) -> Answerer:
     return replace(parts.personalizer(adapt=True, k=0), retriever=Nothing(), beside=())
 
 
-@method("hydra", takes=("k", "b"), source="HYDRA 4.2", requires=("reranker", "adapter"))
+@method(
+    "hydra", takes=("k", "b"), source="HYDRA 4.2", requires=("reranker", "adapter"), private=False
+)
 def hydra_published(parts: Parts) -> Answerer:
     """Reranker and adapter: sampled candidates at temperature 1, best score."""
     sampled = {"candidates": "sampled", "select": "best", "temperature": 1.0, "greedy_first": False}
@@ -146,7 +158,7 @@ def hydra_shared(parts: Parts) -> Answerer:
     return replace(parts, bundle=parts.bundle.without_heads()).personalizer(rerank=True, adapt=True)
 
 
-@method("adapter", takes=("b",), source="Sun et al. 2024; HYDRA 4.1")
+@method("adapter", takes=("b",), source="Sun et al. 2024; HYDRA 4.1", private=False)
 def bbox_adapter(parts: Parts) -> Answerer:
     """One energy for all users, adapted to each user in online rounds, picks."""
     return BBoxAdapter(parts)

@@ -26,7 +26,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from hydra_llm.bench.experiment import Experiment, Say, learned_bundles, run_experiment
-from hydra_llm.bench.method import BUDGET, RECORDS, Method, check_without_llm, find_methods
+from hydra_llm.bench.method import BUDGET, RECORDS, Method, check_methods, find_methods
 from hydra_llm.bench.results import compare, tabulate
 from hydra_llm.bench.runlog import Sample, by_method
 from hydra_llm.config import Group, Settings
@@ -200,12 +200,11 @@ def run_sweep(sweep: Sweep, context: SweepContext) -> dict[str, Any]:
 
 
 def _check_llms(sweep: Sweep, context: SweepContext) -> None:
-    """SettingsError: a point without an LLM has a method that asks one."""
+    """SettingsError: a point has a method that its LLM, or none, cannot answer."""
     for point in sweep.points:
-        if (point.llm or context.llm) == NONE:
-            methods = _methods(sweep, point, context)
-            settings = context.settings(point.settings)
-            check_without_llm(methods, context.data.task, settings, None)
+        methods, settings = _methods(sweep, point, context), context.settings(point.settings)
+        without = (point.llm or context.llm) == NONE
+        check_methods(methods, context.data.task, settings, without_llm=without)
 
 
 def _methods(sweep: Sweep, point: SweepPoint, context: SweepContext) -> list[Method]:

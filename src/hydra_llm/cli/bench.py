@@ -90,7 +90,7 @@ def run(
     check_spec(spec)
     from hydra_llm.bench.estimate import CostEstimate, estimate_cost, estimate_rows
     from hydra_llm.bench.experiment import Experiment, run_experiment
-    from hydra_llm.bench.method import check_without_llm, find_methods, per_sample, split_names
+    from hydra_llm.bench.method import check_methods, find_methods, per_sample, split_names
     from hydra_llm.bench.report.summary import compared_words
     from hydra_llm.bench.report.tables import results_table
     from hydra_llm.bench.results import tabulate
@@ -108,8 +108,7 @@ def run(
     dataset = _load(data, settings, base_url, learned)
     choices = dataset.asks_choices(prefer=spec == NONE)
     task, chosen = dataset.task, find(dataset.task.kind, choices=choices)
-    if spec == NONE:
-        check_without_llm(chosen, task, settings, learned)
+    check_methods(chosen, task, settings, learned, without_llm=spec == NONE)
     with source.opened(spec, settings, direct=dry_run) as model, console.progress() as report:
         plan = Experiment(dataset, model, settings, chosen, out, users, limit, repeats)
         plan = replace(plan, bundle=learned, folds=folds, choices=choices)

@@ -48,6 +48,11 @@ def day(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d")
 
 
+def moment(seconds: float) -> str:
+    """Seconds since 1970 as a date and time, UTC."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(" ", timespec="seconds")
+
+
 def say(line: str) -> None:
     """Print a message for people on stderr; a full disk under it is no reason to stop."""
     with suppress(OSError):

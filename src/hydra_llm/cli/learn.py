@@ -150,6 +150,7 @@ def ask(
     user: Annotated[str, Option(help="Id of the user.")],
     options: opt.RunSettings,
     selection: opt.Selection,
+    private: opt.Private = False,
     k: Annotated[int | None, Option(min=0, help="Number of records in the prompt.")] = None,
     limit: Annotated[int | None, Option(min=1, help="Max number of latest records.")] = None,
     why: Annotated[bool, Option("--why", help="Say why the adapter picked the answer.")] = False,
@@ -160,7 +161,10 @@ def ask(
     from hydra_llm.reasons import why as reasons_of
     from hydra_llm.training.encode import encode_histories
 
-    loaded, settings = options.open_bundle(bundle, k=k, **vars(selection))
+    if private and k:
+        raise SettingsError("--private: no record is in the prompt: leave -k out")
+    given = {"k": k, "private": private or None, **vars(selection)}
+    loaded, settings = options.open_bundle(bundle, **given)
     with console.progress(quiet=as_json) as report:
         records = loaded.records.get(user, ())[-(limit or 0) :]
         encode_histories(loaded, records, report, ranks=loaded.reranker is not None)

@@ -33,6 +33,7 @@ BundleFolder = Annotated[Path, Option("--bundle", help="Folder of a learned bund
 Limit = Annotated[int | None, Option(min=1, help="Max number, for a first look.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
 Wide = Annotated[bool, Option("--wide", help="All columns, at any width of the terminal.")]
+Private = Annotated[bool, Option("--private", help="The LLM never sees a record.")]
 STORE_HELP = "sqlite:///FILE, or postgresql+psycopg://USER@HOST/DATABASE."
 StoreURL = Annotated[str, Option("--store", help=STORE_HELP)]
 DEFAULT_STORE = "sqlite:///hydra-llm.db"

@@ -29,6 +29,7 @@ def serve(
     store: opt.StoreURL = opt.DEFAULT_STORE,
     host: Annotated[str, Option(help="Address; beyond loopback a key is needed.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8000,
+    private: opt.Private = False,
     workers: Annotated[int | None, Option(help="Worker processes on the one port.")] = None,
     tls_cert: Annotated[Path | None, Option(help="PEM certificate with its chain: HTTPS.")] = None,
     tls_key: Annotated[Path | None, Option(help="PEM key of --tls-cert.")] = None,
@@ -51,7 +52,7 @@ def serve(
     from hydra_llm.gateway.settings import load_serve_settings
 
     flags = {"workers": workers, "tls_cert": tls_cert, "tls_key": tls_key, "proxy": proxy}
-    flags |= {"root_path": root_path, "log": log}
+    flags |= {"root_path": root_path, "log": log, "private": private or None}
     given = {name: value for name, value in flags.items() if value is not None}
     settings = load_serve_settings(options.config, **dict(options.pairs()) | given)
     check_tls(settings)

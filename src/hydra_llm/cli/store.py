@@ -2,6 +2,7 @@
 
 import math
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from hydra_llm.extras import require
 if TYPE_CHECKING:
     from hydra_llm.store.values import Key
 
+PURPOSE_HELP = "answer, write, read or delete; repeatable; default: all."
 keys = typer.Typer(add_completion=False, no_args_is_help=True)
 bundles = typer.Typer(add_completion=False, no_args_is_help=True)
 maintenance = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -26,21 +28,26 @@ def create(
     user: Annotated[list[str] | None, Option(help="Id of the key's user; repeatable.")] = None,
     admin: Annotated[bool, Option("--admin", help="The key may act for all users.")] = False,
     label: Annotated[str, Option(help="A description.")] = "",
+    purpose: Annotated[list[str] | None, Option(help=PURPOSE_HELP)] = None,
     store: StoreURL = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
     """Create a key and print it; it cannot be shown again."""
     from hydra_llm.gateway.auth import make_key
     from hydra_llm.gateway.schemas import id_fault
+    from hydra_llm.store.values import PURPOSES
 
     if bool(user) == admin:
         raise SettingsError("name the users (--user U) or give --admin")
+    if unknown := [own for own in purpose or () if own not in PURPOSES]:
+        raise SettingsError(f"--purpose {unknown[0]}: take some of {', '.join(PURPOSES)}")
     users = list(dict.fromkeys(user or ()))
     for id in users:
         if fault := id_fault(id):
             raise SettingsError(f"--user {id!r} {fault}: no request could name that user")
     with open_store(store, create=True) as opened:
-        key, secret = make_key(opened, label=label, admin=admin, users=users)
+        about: dict[str, Any] = {"label": label, "admin": admin, "purposes": purpose or PURPOSES}
+        key, secret = make_key(opened, users=users, **about)
     console.emit({**_row(key), "key": secret} if as_json else secret, as_json)
 
 
@@ -70,6 +77,7 @@ def _row(key: "Key") -> dict[str, Any]:
     return {
         "id": key.id,
         "users": "all" if key.admin else ", ".join(key.users),
+        "purposes": ", ".join(key.purposes),
         "label": key.label,
         "created": int(key.created),
         "revoked": key.revoked is not None,
@@ -181,6 +189,26 @@ def check(store: StoreURL = DEFAULT_STORE, as_json: AsJson = False) -> None:
         console.say(line)
     if faults:
         raise typer.Exit(1)
+
+
+@maintenance.command()
+def audit(
+    user: Annotated[str | None, Option(help="Of this user alone.")] = None,
+    key: Annotated[str | None, Option(help="With the key of this id alone.")] = None,
+    limit: Annotated[int, Option(min=1, help="Max number, the latest.")] = 100,
+    store: StoreURL = DEFAULT_STORE,
+    as_json: AsJson = False,
+) -> None:
+    """Show who has read or deleted what, newest first; users are keyed hashes."""
+    from hydra_llm.gateway.auth import pseudonym
+
+    with open_store(store) as opened:
+        person = None if user is None else pseudonym(opened.salt(), user)
+        rows = [asdict(own) for own in opened.accesses(limit, key=key, person=person)]
+    if not as_json:
+        rows = [{**row, "created": console.moment(row["created"])} for row in rows]
+        rows = [{name: row[name] for name in row if name != "id"} for row in rows]
+    console.emit(rows, as_json)
 
 
 @maintenance.command()

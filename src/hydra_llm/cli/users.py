@@ -59,7 +59,7 @@ def show(
     from hydra_llm.gateway.profile import describe, in_words, leanings
 
     with open_store(store) as opened:
-        kept, loaded = _exported(opened, user), _bundle(opened, bundle)
+        kept, loaded = _exported(opened, user, "profile"), _bundle(opened, bundle)
         if kept["heads"] and not (bundle or opened.bundle()):
             console.say("what was learned is not shown: give --bundle, the bundle of the server")
         records = opened.records(user)[1]
@@ -124,7 +124,7 @@ def export(user: User, store: StoreURL = DEFAULT_STORE) -> None:
     from hydra_llm.gateway.user_data import as_json
 
     with open_store(store) as opened:
-        kept = as_json(_exported(opened, user))
+        kept = as_json(_exported(opened, user, "export"))
     console.emit(json.loads(kept), as_json=True)
 
 
@@ -145,6 +145,8 @@ def delete(
 
     with open_store(store) as opened:
         counts, _ = delete_user(opened, user, _forget(opened))
+        if counts is not None:
+            _log(opened, "delete", "user", user)
         emptied = counts is None or opened.erase(at_once=math.inf)
     if counts is None:
         raise _unknown(user)
@@ -169,11 +171,19 @@ def _delete_from_bundle(folder: Path, user: str, as_json: bool) -> None:
     console.emit({"deleted": counts} if as_json else counts, as_json)
 
 
-def _exported(store: "Store", user: str) -> dict[str, Any]:
+def _exported(store: "Store", user: str, action: str) -> dict[str, Any]:
     kept = store.export_user(user)
     if kept is None:
         raise _unknown(user)
+    _log(store, "read", action, user)
     return kept
+
+
+def _log(store: "Store", purpose: str, action: str, user: str) -> None:
+    """An entry of the audit log."""
+    from hydra_llm.gateway.auth import pseudonym
+
+    store.add_accesses("cli", [(purpose, action, pseudonym(store.salt(), user))])
 
 
 def _unknown(user: str) -> UnknownUser:

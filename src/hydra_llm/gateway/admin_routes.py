@@ -1,17 +1,18 @@
 """The endpoints of administrators: keys, the jobs of all users, and what was answered by hour."""
 
 import time
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
 from hydra_llm.gateway.activity import ACTIVITY_DAYS, HOUR
-from hydra_llm.gateway.auth import WITHOUT_KEYS, make_key
+from hydra_llm.gateway.auth import WITHOUT_KEYS, make_key, pseudonym
 from hydra_llm.gateway.drift import drift_of
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.schemas import MAX_ID, ApiError, Id, KeyIn, id_fault
 from hydra_llm.store.pages import Place
-from hydra_llm.store.values import Job, Key
+from hydra_llm.store.values import PURPOSES, Job, Key
 from hydra_llm.text import text_fault
 
 Limit = Annotated[int, Query(ge=1, le=1000)]
@@ -25,15 +26,16 @@ def create_key(sent: KeyIn, http: Request) -> dict[str, Any]:
     gateway = gateway_of_admin(http)
     if bool(sent.users) == sent.admin:
         raise ApiError(400, "name the key's users, or make it an administrator's", param="users")
-    if http.state.caller is WITHOUT_KEYS and not sent.admin:
-        message = (
-            "make an administrator's key first: with this one alone nobody could make more here"
-        )
+    full = sent.admin and set(PURPOSES) <= {*sent.purposes}
+    if http.state.caller is WITHOUT_KEYS and not full:
+        fault = "make an administrator's key first, with every purpose"
+        message = f"{fault}: with this one alone nobody could make more here"
         raise ApiError(400, message, param="admin")
     if sent.label and (fault := text_fault(sent.label)):
         raise ApiError(400, f"label {fault}", param="label")
     users = list(dict.fromkeys(sent.users))
-    key, secret = make_key(gateway.store, label=sent.label, admin=sent.admin, users=users)
+    about: Any = {"label": sent.label, "admin": sent.admin, "purposes": sent.purposes}
+    key, secret = make_key(gateway.store, users=users, **about)
     return {**_key(key), "key": secret}
 
 
@@ -62,6 +64,24 @@ def list_jobs(http: Request, after: After = "", limit: Limit = 100) -> dict[str,
     return _page([_job(job) for job in page], limit)
 
 
+@router.get("/audit")
+def show_audit(
+    http: Request,
+    after: After = "",
+    limit: Limit = 100,
+    user: Id | None = None,
+    key: Id | None = None,
+) -> dict[str, Any]:
+    """Who has read or deleted what is kept (of a user, with a key), newest first, without content.
+    `person` is a keyed hash of the user: the same for the same user, also after a deletion.
+    """
+    gateway = gateway_of_admin(http)
+    person = None if user is None else pseudonym(gateway.salt, user)
+    which: Any = {"before": _place(after), "key": key, "person": person}
+    page = gateway.store.accesses(limit + 1, **which)
+    return _page([asdict(own) for own in page], limit)
+
+
 @router.get("/activity")
 def activity(
     http: Request,
@@ -83,15 +103,15 @@ def activity(
 
 def gateway_of_admin(http: Request) -> Gateway:
     """The gateway, for a caller who may act for all users; else `ApiError` 403."""
-    if not http.state.caller.admin:
-        message = "only an administrator's key may do this"
+    if not http.state.caller.administers:
+        message = "only an administrator's key with every purpose may do this"
         raise ApiError(403, message, code="admin_only")
     gateway: Gateway = http.app.state.gateway
     return gateway
 
 
 def _key(key: Key) -> dict[str, Any]:
-    names = ("id", "label", "admin", "users", "created", "revoked")
+    names = ("id", "label", "admin", "users", "purposes", "created", "revoked")
     return {name: getattr(key, name) for name in names}
 
 

@@ -200,6 +200,8 @@ async def _prune(gateway: Gateway) -> None:
             await run_sync(gateway.store.prune, before)
             await run_sync(gateway.store.prune_activity, time.time() - ACTIVITY_DAYS * DAY)
             await run_sync(_prune_spend, gateway)
+            audited = time.time() - gateway.settings.audit_days * DAY
+            await run_sync(gateway.store.prune_accesses, audited)
             await run_sync(partial(gateway.store.erase, at_once=0))
             cache = gateway.deployment.pipeline.settings.cache
             await run_sync(partial(erase_features, cache / "features.sqlite", at_once=0))

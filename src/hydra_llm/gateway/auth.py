@@ -7,12 +7,13 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from hydra_llm.environment import variables
 from hydra_llm.errors import SettingsError
 from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Key
+from hydra_llm.store.values import PURPOSES, Key
 
 PREFIX = "hk"
 LEAST_KEY, SAFE_KEY = 16, 32  # characters of HYDRA_ADMIN_KEY
@@ -27,6 +28,19 @@ class Caller:
     admin: bool
     users: tuple[str, ...]  # for whom this caller may speak, unless admin
     bound: str | None = None  # the one user for whom the key was made; no other need be named
+    purposes: tuple[str, ...] = PURPOSES
+
+    @property
+    def administers(self) -> bool:
+        """Whether this caller may make keys: one with fewer purposes could make itself more."""
+        return self.admin and set(PURPOSES) <= {*self.purposes}
+
+    def need(self, purpose: str) -> None:
+        """Was the key made for this purpose? Else `ApiError` 403."""
+        if purpose not in self.purposes:
+            own = ", ".join(self.purposes)
+            message = f"this key was not made to {purpose}, but for: {own}"
+            raise ApiError(403, message, code="purpose_not_allowed")
 
     def check(self, user: str) -> None:
         """May this caller speak for the user? Else `ApiError` 403, whether or not there is one."""
@@ -70,12 +84,19 @@ def admin_key_given() -> str:
 
 
 def make_key(
-    store: Store, *, label: str = "", admin: bool = False, users: Sequence[str] = ()
+    store: Store,
+    *,
+    label: str = "",
+    admin: bool = False,
+    users: Sequence[str] = (),
+    purposes: Sequence[str] = PURPOSES,
 ) -> tuple[Key, str]:
     """Make a key; its secret is in the second value and nowhere else: the store has its hash."""
     id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
     bound = len(set(users)) == 1 and not admin
-    key = Key(id, _hash(secret), label, admin, tuple(users), time.time(), None, bound=bound)
+    chosen = tuple(own for own in PURPOSES if own in purposes)
+    about: Any = {"bound": bound, "purposes": chosen}
+    key = Key(id, _hash(secret), label, admin, tuple(users), time.time(), None, **about)
     store.add_key(key)
     return key, f"{PREFIX}-{id}-{secret}"
 
@@ -103,7 +124,7 @@ def caller_of(store: Store, authorization: str | None, access: Access) -> Caller
 def caller_with(key: Key) -> Caller:
     """The caller who has shown a key that is not revoked."""
     bound = key.users[0] if key.bound and key.users else None
-    return Caller(key.id, key.admin, key.users, bound)
+    return Caller(key.id, key.admin, key.users, bound, key.purposes)
 
 
 def _hash(secret: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
+from hydra_llm.gateway.audit import allow
 from hydra_llm.gateway.auth import UNVERIFIED, Caller
 from hydra_llm.gateway.chunks import DONE, chunks_of, event, role_chunk
 from hydra_llm.gateway.gateway import Gateway
@@ -65,7 +66,10 @@ async def answer_chat(
     http: Request, asked: ChatRequest, body: Body, user: NamedUser, wire: Wire
 ) -> Response:
     """Answer a chat request, `asked` as parsed and `body` as sent, as the user would want."""
-    gateway: Gateway = http.app.state.gateway
+    gateway = allow(http, None, "answer")
+    explains = asked.personalization is not None and asked.personalization.explain
+    if explains:  # the reply shows records
+        allow(http, None, "read")
     await admit(http, user.id)
     with gateway.telemetry.tracing.request(asked.model, http.headers) as span:
 
@@ -76,6 +80,8 @@ async def answer_chat(
                 routed = routed.passed_through("store-failure")
             elif user.unread:
                 routed = routed.passed_through("user-not-recognized")
+            if explains and routed.reason is None:
+                allow(http, user.id, "read", "explain")
             if asked.stream:
                 return await _stream(gateway, routed, wire, span)
             completion, routed = await gateway.answer(routed)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from anyio.to_thread import run_sync
 
 from hydra_llm.config import Settings
-from hydra_llm.errors import HydraError
+from hydra_llm.errors import HydraError, SettingsError
 from hydra_llm.extras import require
 from hydra_llm.gate import LexicalGate
 from hydra_llm.gateway.batching import MicroBatcher
@@ -64,6 +64,11 @@ class Deployment:
     def id(self) -> str:
         """SHA-256 of the bundle's weights, to which heads belong; empty without a bundle."""
         return self.bundle.weights if self.bundle else ""
+
+    @property
+    def private(self) -> bool:
+        """Whether the LLM never sees a record."""
+        return self.pipeline.settings.private
 
     @property
     def gate(self) -> str:
@@ -173,23 +178,20 @@ def open_deployment(
     store: Store, reads: TimedReads, folder: Path | None, settings: ServeSettings, here: Settings
 ) -> Deployment:
     """Load a bundle to answer a store's users with. `here` has the settings that a bundle does not
-    carry, such as the folder of features. Raises `BundleError` if it is missing, damaged or newer.
+    carry, such as the folder of features. Raises `BundleError` if it is missing, damaged or newer,
+    `SettingsError` if there is none in private mode.
     """
     names = {"gate", "retriever", "retrieved", "k", "temperature", "abstention_threshold"}
-    names |= {"max_prompt_tokens", "samples"}
+    names |= {"max_prompt_tokens", "samples", "private", "mask"}
     here = with_precision(here, settings)
     overrides = settings.model_dump(include=names, exclude_none=True)
     if settings.placement != "auto":
         overrides["prompt_style"] = settings.placement
-    size, queue = settings.users_in_memory, settings.scoring_queue
+    if settings.private is None and here.private:
+        overrides["private"] = True  # said for every command, or the bundle before was private
     if folder is None:
         chosen = here.model_copy(update=WITHOUT_BUNDLE | overrides)
-        cache = open_features(chosen) if needs_encoder(chosen.retriever) else None
-        embed = cache.texts if cache else None
-        retriever = make_retriever(chosen.retriever, embed=embed, seed=chosen.seed)
-        pipeline = Pipeline(ANY_TASK, retriever, chosen, gate=LexicalGate(embed))
-        users, batcher = UserCache(store, None, size, cache), MicroBatcher(embed, queue, None)
-        return Deployment(store, reads, pipeline, users, batcher, None, cache, cache is not None)
+        return _without_bundle(store, reads, chosen, settings)
     require("learn", f"the bundle {folder} (reranker and adapter)")
     from hydra_llm.bundle import Bundle
 
@@ -205,8 +207,8 @@ def open_deployment(
     dense = needs_encoder(chosen.retriever)
     vectors = dense or chosen.features == "tower" or "dense" in chosen.candidate_prompts
     encoded = features if vectors else None
-    users = UserCache(store, bundle, size, encoded)
-    batcher = MicroBatcher(features.texts, queue, pairs)
+    users = UserCache(store, bundle, settings.users_in_memory, encoded)
+    batcher = MicroBatcher(features.texts, settings.scoring_queue, pairs)
     return Deployment(store, reads, bundle.pipeline(), users, batcher, bundle, features, dense)
 
 
@@ -219,6 +221,22 @@ def with_precision(here: Settings, settings: ServeSettings) -> Settings:
 
         precision = fastest()
     return here.model_copy(update={"encoder_precision": precision}) if precision else here
+
+
+def _without_bundle(
+    store: Store, reads: TimedReads, chosen: Settings, settings: ServeSettings
+) -> Deployment:
+    """Records in prompts, and no more."""
+    if chosen.private:
+        why = "without a bundle records can only be put into prompts"
+        raise SettingsError(f"setting 'private': {why}: give --bundle")
+    cache = open_features(chosen) if needs_encoder(chosen.retriever) else None
+    embed = cache.texts if cache else None
+    retriever = make_retriever(chosen.retriever, embed=embed, seed=chosen.seed)
+    pipeline = Pipeline(ANY_TASK, retriever, chosen, gate=LexicalGate(embed))
+    users = UserCache(store, None, settings.users_in_memory, cache)
+    batcher = MicroBatcher(embed, settings.scoring_queue, None)
+    return Deployment(store, reads, pipeline, users, batcher, None, cache, cache is not None)
 
 
 def open_features(settings: Settings, what: str = "") -> FeatureCache:

@@ -18,6 +18,7 @@ from hydra_llm.gateway.batching import Overloaded
 from hydra_llm.gateway.chunks import StreamReader, chunk_head, delta, event, only_tells_usage
 from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.identity import hide_user
+from hydra_llm.gateway.masked import MaskedUpstream
 from hydra_llm.gateway.metered import MeteredUpstream
 from hydra_llm.gateway.pictures import Pictures
 from hydra_llm.gateway.routed import (
@@ -75,9 +76,11 @@ class Gateway:
         self._sampler = CandidateSampler(self.telemetry, self.settings.deadline)
 
     @property
-    def metered(self) -> MeteredUpstream:
-        """The upstream, with its calls counted."""
-        return MeteredUpstream(self.upstream, self.ledger, self.telemetry)
+    def metered(self) -> Upstream:
+        """The upstream, with its calls counted and personal data masked."""
+        metered = MeteredUpstream(self.upstream, self.ledger, self.telemetry)
+        names = self.deployment.pipeline.settings.mask
+        return MaskedUpstream(metered, names) if names else metered
 
     # ---- before the upstream
 

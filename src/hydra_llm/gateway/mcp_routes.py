@@ -83,7 +83,8 @@ def make_server() -> "Server[Any]":
     )
 
     async def list_tools(context: Any, params: PaginatedRequestParams | None) -> ListToolsResult:
-        return ListToolsResult(tools=list(map(_listed, TOOLS.values())))
+        may = context.request.state.caller.purposes
+        return ListToolsResult(tools=[_listed(own) for own in TOOLS.values() if own.purpose in may])
 
     async def call_tool(context: Any, params: CallToolRequestParams) -> CallToolResult:
         return await _called(params.name, params.arguments or {}, context.request)

@@ -134,7 +134,11 @@ class Tool:
     """`run(user, arguments, request)`; the request may speak for that user only."""
     arguments: type[BaseModel]
     title: str
-    reads: bool = False  # it changes nothing; what others replace or delete is lost
+    purpose: str = "write"  # of keys that may use it
+
+    @property
+    def reads(self) -> bool:  # it changes nothing; what others replace or delete is lost
+        return self.purpose == "read"
 
     @property
     def name(self) -> str:
@@ -146,12 +150,12 @@ class Tool:
 
 
 _ALL = (
-    Tool(search_records, SearchIn, "Search records", reads=True),
-    Tool(list_records, ListIn, "List records", reads=True),
+    Tool(search_records, SearchIn, "Search records", "read"),
+    Tool(list_records, ListIn, "List records", "read"),
     Tool(add_records, AddIn, "Add records"),
-    Tool(delete_record, DeleteIn, "Delete a record"),
-    Tool(describe_user, NoArguments, "What is known", reads=True),
-    Tool(list_answers, AnswersIn, "List answers", reads=True),
+    Tool(delete_record, DeleteIn, "Delete a record", "delete"),
+    Tool(describe_user, NoArguments, "What is known", "read"),
+    Tool(list_answers, AnswersIn, "List answers", "read"),
     Tool(give_feedback, FeedbackIn, "Give feedback"),
 )
 TOOLS = {tool.name: tool for tool in _ALL}

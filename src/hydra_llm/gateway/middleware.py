@@ -29,6 +29,7 @@ from hydra_llm.gateway.spend import Bill, paying
 from hydra_llm.gateway.telemetry import log
 from hydra_llm.store.store import Store
 
+START = "http.response.start"
 OPEN_PATHS = ("/health/", "/metrics", "/docs", "/openapi.json")  # need no key
 UPSTREAM_PATHS = (
     *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages"),
@@ -85,7 +86,7 @@ class AccessMiddleware:
                 bill.key = scope["state"]["caller"].key
             elif path.startswith("/metrics") and await self._is_keyless():  # costs, ids of keys
                 check_origin(scope, self._gateway.settings.cors_origins, keyless=True)
-            await self._app(scope, self._limited(scope, receive), watched)
+            await self._app(scope, self._limited(scope, receive), self._audited(scope, watched))
         except ConnectionCut:
             raise
         except ClientGone:
@@ -102,6 +103,24 @@ class AccessMiddleware:
             bill.closed = True
             self._gateway.ledger.take(bill)
             state["route"] = getattr(scope.get("route"), "path", "unknown")
+
+    def _audited(self, scope: Scope, send: Send) -> Send:
+        """Nothing goes out of which the audit log could not be written (audit.py)."""
+        state, gateway = scope["state"], self._gateway
+
+        async def audited(message: Message) -> None:
+            accesses = state.pop("accesses", None) if message["type"] == START else None
+            if accesses and message["status"] < 400:
+                write = partial(gateway.store.add_accesses, state["caller"].key, accesses)
+                try:
+                    await gateway.reads.read(write)
+                except StoreError as error:
+                    refused = await error_response(Request(scope), error)
+                    await refused(scope, _nothing, send)
+                    raise ClientGone from None
+            await send(message)
+
+        return audited
 
     def _is_open(self, path: str) -> bool:
         """Whether no key is asked for in a header."""
@@ -179,6 +198,10 @@ class AccessMiddleware:
             return message
 
         return counted
+
+
+async def _nothing() -> Message:
+    return {"type": "http.disconnect"}
 
 
 def _as_sent(scope: Scope) -> Scope:

@@ -4,6 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from hydra_llm.gateway.audit import allow
 from hydra_llm.gateway.chat import ChatWire, answer_chat, answer_translated, user_of
 from hydra_llm.gateway.embedded import EmbeddedUpstream
 from hydra_llm.gateway.forward import pass_on
@@ -42,6 +43,7 @@ async def embed(request: TextRequest, http: Request) -> Response:
     gateway: Gateway = http.app.state.gateway
     if not isinstance(gateway.upstream, EmbeddedUpstream):
         return await pass_on(http, "embeddings")
+    allow(http, None, "answer")
     body = body_of(await http.body())
     user = user_of(http, body).id or http.state.caller.key or ANYONE
     embedder: Embedder = http.app.state.embedder

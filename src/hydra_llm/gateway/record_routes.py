@@ -9,6 +9,7 @@ from typing import Any
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request, Response
 
+from hydra_llm.gateway.audit import allow
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.pictures import all_of
 from hydra_llm.gateway.routed import NotPersonal
@@ -21,7 +22,7 @@ from hydra_llm.gateway.schemas import (
     SwitchIn,
 )
 from hydra_llm.gateway.user_cache import texts_of
-from hydra_llm.gateway.user_routes import PathId, User, forget_texts, gateway_for, no_such_user
+from hydra_llm.gateway.user_routes import PathId, User, forget_texts, no_such_user
 from hydra_llm.history import parse_time
 from hydra_llm.store.change import FEEDBACK_ID, NoSuchUser, UserChange
 from hydra_llm.store.values import Added
@@ -36,7 +37,7 @@ async def add_records(user: User, sent: RecordsIn, http: Request) -> dict[str, A
     """Add records, and the user with them. Idempotent. `unreadable` counts those that the bundle in
     use cannot read: they are kept, for another one.
     """
-    gateway = gateway_for(http, user)
+    gateway = allow(http, user, "write")
     settings, most = gateway.settings, gateway.settings.max_records_per_request
     if len(sent.records) > most:
         raise ApiError(413, f"at most {most} records a request", param="records")
@@ -114,7 +115,7 @@ def get_records(user: User, http: Request) -> Response:
 
 def listed_records(user: str, http: Request) -> list[dict[str, Any]]:
     """A user's records as replies show them, oldest first; `ApiError` 404 for an unknown user."""
-    store = gateway_for(http, user).store
+    store = allow(http, user, "read", "records").store
     version, records = store.records(user, off_too=True)
     if version is None:
         raise no_such_user()
@@ -124,7 +125,7 @@ def listed_records(user: str, http: Request) -> list[dict[str, Any]]:
 @router.post("/users/{user}/search")
 async def search(user: User, sent: SearchIn, http: Request) -> dict[str, Any]:
     """The records that fit a question best, in the order in which its answer would use them."""
-    gateway, records = gateway_for(http, user), list[Record]()
+    gateway, records = allow(http, user, "read", "search"), list[Record]()
     options = PersonalizationOptions(k=sent.limit, gate=False)
     try:
         found = await gateway.search(gateway.deployment, user, repair(sent.query), options)
@@ -141,7 +142,7 @@ async def search(user: User, sent: SearchIn, http: Request) -> dict[str, Any]:
 @router.delete("/users/{user}/records/{id:path}")
 async def delete_record(user: User, id: PathId, http: Request) -> dict[str, Any]:
     """Delete one record, and the heads that knew it."""
-    gateway = gateway_for(http, user)
+    gateway = allow(http, user, "delete", "record")
 
     def remove() -> list[Record]:
         removed = list(gateway.store.some_records(user, [id]).values())
@@ -163,7 +164,7 @@ async def switch_record(user: User, id: PathId, sent: SwitchIn, http: Request) -
     """Keep a record out of prompts, searches and fits, and forget what heads have learned from it,
     or use it again. It is kept, with its feedback.
     """
-    gateway = gateway_for(http, user)
+    gateway = allow(http, user, "write")
 
     def write() -> bool | None:
         with suppress(NoSuchUser), gateway.store.change(user) as change:

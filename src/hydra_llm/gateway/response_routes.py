@@ -13,6 +13,7 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request, Response
 
 from hydra_llm.errors import HydraError
+from hydra_llm.gateway.audit import allow
 from hydra_llm.gateway.auth import Caller
 from hydra_llm.gateway.chat import answer_id, answer_translated, user_of
 from hydra_llm.gateway.gateway import Gateway
@@ -47,7 +48,7 @@ async def get_response(id: Id, http: Request, stream: bool = False) -> Response:
     if stream:
         message = "stream: a response that is kept has ended, read it without stream"
         raise ApiError(400, message, param="stream", code="unsupported_parameter")
-    return Json((await _owned(id, http)).content["response"])
+    return Json((await _owned(id, http, "read")).content["response"])
 
 
 @router.get("/{id}/input_items", response_model=None)
@@ -59,7 +60,7 @@ async def get_input_items(
     order: Literal["asc", "desc"] = "desc",
 ) -> Response:
     """What a response was asked, without the responses before it."""
-    items = (await _owned(id, http)).content["input"]
+    items = (await _owned(id, http, "read")).content["input"]
     items = items if order == "asc" else items[::-1]
     start = next((i for i, item in enumerate(items, 1) if item["id"] == after), 0)
     page, more = items[start : start + limit], len(items) > start + limit
@@ -71,7 +72,7 @@ async def get_input_items(
 @router.post("/{id}/cancel", response_model=None)
 async def cancel_response(id: Id, http: Request) -> Response:
     """Refused: a response that is kept has ended. One that is being made ends with its request."""
-    await _owned(id, http)
+    await _owned(id, http, "answer")
     message = "this response has ended: only one that runs in the background can be cancelled, "
     message += "and there are none here. Close the connection to end a request that is under way"
     raise ApiError(400, message, param="id", code="response_not_cancellable")
@@ -80,19 +81,21 @@ async def cancel_response(id: Id, http: Request) -> Response:
 @router.delete("/{id}", response_model=None)
 async def delete_response(id: Id, http: Request) -> dict[str, Any]:
     """Delete a response, and what was kept for feedback on it."""
-    response, store = await _owned(id, http), http.app.state.gateway.store
+    response, store = await _owned(id, http, "delete"), http.app.state.gateway.store
     request = id.removeprefix(PREFIX)
     await run_sync(partial(store.delete_response, response.user, id, request=request))
     return {"id": id, "object": "response", "deleted": True}
 
 
-async def _owned(id: str, http: Request) -> StoredResponse:
+async def _owned(id: str, http: Request, purpose: str) -> StoredResponse:
     """A response of a user for whom the caller may speak; else `ApiError` 404."""
     caller: Caller = http.state.caller
+    caller.need(purpose)
     response: StoredResponse | None = await run_sync(http.app.state.gateway.store.response, id)
     if response is None or not (caller.admin or response.user in caller.users):
         message = "no such response: it was not stored (store, user), deleted, or is too long ago"
         raise ApiError(404, message, code="response_not_found", param="id")
+    allow(http, response.user, purpose, "response")
     return response
 
 

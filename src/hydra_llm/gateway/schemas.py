@@ -24,6 +24,7 @@ from pydantic_core import PydanticCustomError
 
 from hydra_llm.datasets.native import number_as_text
 from hydra_llm.llm.wire import content_fault
+from hydra_llm.store.values import PURPOSES, Purpose
 from hydra_llm.text import json_text, text_fault
 
 MAX_ID = 200  # characters
@@ -229,6 +230,7 @@ class KeyIn(_Strict):
     users: list[Id] = []
     admin: Annotated[bool, Field(strict=True)] = False
     label: Annotated[str, Field(max_length=MAX_ID)] = ""
+    purposes: Annotated[list[Purpose], Field(min_length=1)] = list(PURPOSES)
 
 
 class FeedbackIn(_Strict):

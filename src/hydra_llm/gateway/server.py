@@ -82,7 +82,9 @@ def run_app(app: FastAPI, listening: socket.socket, started: Started) -> None:
     # The terminal is gone: requests in flight end, as with SIGTERM.
     _on_hangup(lambda *_: server.handle_exit(signal.SIGTERM, None))
     deployment = gateway.deployment
-    started({"bundle": deployment.id[:12] or "none (records alone)", "gate": deployment.gate})
+    private = {"private": "the LLM sees no record"} if deployment.private else {}
+    bundle = deployment.id[:12] or "none (records alone)"
+    started({"bundle": bundle, "gate": deployment.gate, **private})
     with suppress(KeyboardInterrupt):  # uvicorn raises the signal again in the end
         server.run([listening])
 

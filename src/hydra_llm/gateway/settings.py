@@ -52,6 +52,10 @@ class ServeSettings(config.Group):
     """
     max_prompt_tokens: int | None = Field(default=None, ge=64)
     """Token limit of the prompt, caller's text never cut; None is the bundle's, 4096 without."""
+    private: bool | None = None
+    """As `research.private`: no record is sent to the LLM; None is the bundle's value."""
+    mask: str | None = None
+    """As `research.mask`: personal data that the LLM gets as placeholders; None is that setting."""
     deadline: float = Field(default=60.0, gt=0)
     """Samples later than this many seconds are dropped, once any answer has arrived."""
     upstream_timeout: float = Field(default=600.0, gt=0)
@@ -135,6 +139,9 @@ class ServeSettings(config.Group):
     spend_days: int = Field(default=400, ge=1)
     """Days after which what was spent is nobody's, and of no key; the sums stay."""
 
+    audit_days: int = Field(default=365, ge=1)
+    """Days that the audit log is kept: who has read or deleted what."""
+
     # ---- limits
     max_body_bytes: int = Field(default=16 * 2**20, ge=1024)
     """Max size of a request body; the rest of a longer one is not read."""
@@ -175,6 +182,11 @@ class ServeSettings(config.Group):
     @classmethod
     def _known_retriever(cls, name: str | None) -> str | None:
         return name and config.known(RETRIEVERS, name)
+
+    @field_validator("mask")
+    @classmethod
+    def _known_detectors(cls, names: str | None) -> str | None:
+        return names and config.Research.checked({"mask": names}).mask
 
     @field_validator("cors_origins")
     @classmethod

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from hydra_llm.gateway.audit import allow
 from hydra_llm.gateway.auth import Caller
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.schemas import ApiError, Id, id_fault
@@ -40,7 +41,7 @@ def show_spend(
     where nothing has one. A key for some users sees theirs; of one `user`, also what is left of the
     limits.
     """
-    gateway: Gateway = http.app.state.gateway
+    gateway = allow(http, None, "read")
     caller: Caller = http.state.caller
     names = _columns(by)
     chosen = _own(caller, user)
@@ -141,7 +142,7 @@ def _check_days(first: str, last: str) -> None:
 
 
 def _for_admin(http: Request) -> Gateway:
-    if not http.state.caller.admin:
+    if not http.state.caller.administers:
         raise ApiError(403, "limits are for administrators", code="not_allowed")
     gateway: Gateway = http.app.state.gateway
     return gateway

@@ -22,6 +22,7 @@ from hydra_llm.gateway.telemetry import log
 from hydra_llm.gateway.user_cache import texts_of, to_stored
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.concurrency import StageProgress
+from hydra_llm.llm.none import NoLLM
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.head import FEEDBACK_WINDOW, Head
 from hydra_llm.store.change import FEEDBACK_ID, NoSuchUser, StaleVersion
@@ -150,19 +151,23 @@ class Worker:
         """The user's heads, fitted on these records; a kept fit goes on. `mark`: of a change."""
         from hydra_llm.training.api import fit
 
-        if self._llm is None:
+        private = bundle.settings.private
+        if self._llm is None and not private:
             raise HydraError("this server has no LLM that could label candidates")
-        bundle = replace(bundle, settings=bundle.learned_with or bundle.settings)
+        learned_with = bundle.learned_with or bundle.settings
+        own = {"private": private, "mask": bundle.settings.mask}
+        settings = learned_with.model_copy(update=own)
+        bundle = replace(bundle, settings=settings)
         data = DataSet.from_records(bundle.task, {job.user: "test"}, records, [])
 
         def progress(stage: str, done: int, total: int) -> None:
             if self._ended or not self._store.update_job(job.id, done, total):
                 raise Stopped
 
-        paid = PaidLLM(self._llm, bill, self._ledger)
+        llm = PaidLLM(self._llm, bill, self._ledger) if self._llm and not private else NoLLM()
         changed = {job.user: mark[CHANGED].records} if mark else {}
         whom: Any = {"users": [job.user], "kept": kept, "changed": changed}
-        return fit(data, bundle, paid, progress=progress, **whom)
+        return fit(data, bundle, llm, progress=progress, **whom)
 
     def _with_feedback(
         self,

@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from hydra_llm.errors import HydraError, StoreError, UserFault
 from hydra_llm.gateway import user_data
+from hydra_llm.gateway.audit import allow
 from hydra_llm.gateway.auth import Caller, pseudonym
 from hydra_llm.gateway.feedback import take_feedback
 from hydra_llm.gateway.gateway import Gateway
@@ -26,7 +27,6 @@ from hydra_llm.gateway.schemas import MAX_ID, ApiError, FeedbackIn, Id, Json, Sw
 from hydra_llm.gateway.spend_limits import admit
 from hydra_llm.gateway.telemetry import log
 from hydra_llm.store.change import StaleVersion
-from hydra_llm.store.store import Store
 from hydra_llm.store.values import Job
 from hydra_llm.store.values import Request as AnsweredRequest
 
@@ -63,7 +63,7 @@ def list_requests(
 
 def answered_requests(user: str, http: Request, limit: int) -> list[dict[str, Any]]:
     """A user's latest requests as replies show them; `ApiError` 404 for an unknown user."""
-    store = gateway_for(http, user).store
+    store = allow(http, user, "read", "requests").store
     if store.state(user).version is None:
         raise no_such_user()
     return [_answered(request) for request in store.latest_requests(user, limit)]
@@ -74,7 +74,7 @@ async def feedback(sent: FeedbackIn, http: Request) -> dict[str, Any]:
     """Feedback on an answer: a wanted answer becomes a record and moves the head. Of several on one
     answer the last one stands.
     """
-    kind, gateway, caller = sent.kind(), http.app.state.gateway, http.state.caller
+    kind, gateway, caller = sent.kind(), allow(http, None, "write"), http.state.caller
     id = ANSWER_ID.sub("", sent.request_id)
     request = await run_sync(gateway.store.request, id)
     if request is None or not (caller.admin or request.user in caller.users):
@@ -88,7 +88,7 @@ async def feedback(sent: FeedbackIn, http: Request) -> dict[str, Any]:
 @router.post("/users/{user}/fit", status_code=202)
 async def fit(user: User, http: Request) -> dict[str, Any]:
     """Fit the user's heads on all records, as a job."""
-    gateway = gateway_for(http, user)
+    gateway = allow(http, user, "write")
     if gateway.deployment.bundle is None:
         raise ApiError(409, "there is no bundle yet: learn one first", code="no_bundle")
     await admit(http, user)  # the LLM may have to label candidates
@@ -103,7 +103,7 @@ async def fit(user: User, http: Request) -> dict[str, Any]:
 @router.get("/users/{user}/jobs/{id}")
 def job(user: User, id: PathId, http: Request) -> dict[str, Any]:
     """How far a job is: waiting, running, done or failed."""
-    job = gateway_for(http, user).store.job(user, id)
+    job = allow(http, user, "write").store.job(user, id)
     if job is None:
         raise ApiError(404, "no such job", code="job_not_found")
     return _job_json(job)
@@ -112,7 +112,7 @@ def job(user: User, id: PathId, http: Request) -> dict[str, Any]:
 @router.put("/users/{user}/personalization")
 async def switch(user: User, sent: SwitchIn, http: Request) -> dict[str, Any]:
     """Switch personal answers of a user off, or on again. Nothing is deleted."""
-    gateway = gateway_for(http, user)
+    gateway = allow(http, user, "write")
 
     def write() -> None:
         with gateway.store.change(user, create=True) as change:
@@ -137,7 +137,7 @@ def list_users(
             raise ApiError(400, f"{name}: {fault}", param=name)
     caller: Caller = http.state.caller
     names = None if caller.admin else caller.users
-    store: Store = http.app.state.gateway.store
+    store = allow(http, None, "read", "users").store
     page = store.user_counts(after=after, limit=limit + 1, names=names, contains=contains)
     data = [asdict(counts) for counts in page[:limit]]
     return {"object": "list", "data": data, "has_more": len(page) > limit}
@@ -146,7 +146,7 @@ def list_users(
 @router.get("/users/{user}")
 async def show_user(user: User, http: Request) -> dict[str, Any]:
     """A user in words: counts, how the user answers, what was learned, the records most used."""
-    gateway = gateway_for(http, user)
+    gateway = allow(http, user, "read", "profile")
     kept = await run_sync(gateway.store.export_user, user)
     if kept is None:
         raise no_such_user()
@@ -164,7 +164,7 @@ async def show_user(user: User, http: Request) -> dict[str, Any]:
 @router.get("/users/{user}/export")
 def export(user: User, http: Request) -> Response:
     """All that is kept about a user, heads included, as one JSON file."""
-    kept = gateway_for(http, user).store.export_user(user)
+    kept = allow(http, user, "read", "export").store.export_user(user)
     if kept is None:
         raise no_such_user()
     content = user_data.as_json(kept)
@@ -177,7 +177,7 @@ async def delete_user(user: User, http: Request) -> dict[str, Any]:
     """Delete everything about a user: records, heads, feedback, requests, features, keys for this
     user only.
     """
-    gateway = gateway_for(http, user)
+    gateway = allow(http, user, "delete", "user")
 
     def forget(texts: list[str], but: str | None) -> int:
         return gateway.deployment.forget_texts(texts, but=but)
@@ -217,13 +217,6 @@ async def forget_texts(gateway: Gateway, texts: list[str]) -> int:
 def _features_unavailable() -> ApiError:
     message = "the features of these texts cannot be deleted: nothing was, try again"
     return ApiError(503, message, code="features_unavailable")
-
-
-def gateway_for(http: Request, user: str) -> Gateway:
-    """The gateway, for a caller who may speak for the user; else `ApiError` 403."""
-    http.state.caller.check(user)
-    gateway: Gateway = http.app.state.gateway
-    return gateway
 
 
 def no_such_user() -> ApiError:

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from hydra_llm.store import schema
 from hydra_llm.store.database import Database
-from hydra_llm.store.values import Job, Key, Request, UserCounts
+from hydra_llm.store.values import PURPOSES, Job, Key, Request, UserCounts
 from hydra_llm.types import Record
 
 Place = tuple[float, str]
@@ -81,12 +81,12 @@ class Pages(Database):
     ) -> list[Request]:
         """A user's latest answered requests (`before` one), newest first."""
         rows = with_names(schema.requests, Request).where(schema.users.c.name == name)
-        page = _newest_first(rows, schema.requests, before, count)
+        page = newest_first(rows, schema.requests, before, count)
         return [Request(*row) for row in self.rows(page)]
 
     def latest_jobs(self, count: int, *, before: Place | None = None) -> list[Job]:
         """The latest jobs of all users (`before` one), newest first."""
-        page = _newest_first(with_names(schema.jobs, Job), schema.jobs, before, count)
+        page = newest_first(with_names(schema.jobs, Job), schema.jobs, before, count)
         return [Job(*row) for row in self.rows(page)]
 
     def latest_keys(
@@ -98,12 +98,18 @@ class Pages(Database):
         if user is not None:
             query = query.where(keys.c.id.in_(sa.select(users.key).where(users.name == user)))
         with self.reading() as connection:
-            page = _newest_first(query, keys, before, count)
+            page = newest_first(query, keys, before, count)
             rows = connection.execute(page).mappings().all()
             of = sa.select(users.key, users.name).where(users.key.in_([row["id"] for row in rows]))
             names = connection.execute(of.order_by(users.name)).all()
         found = [(row, tuple(name for id, name in names if id == row["id"])) for row in rows]
-        return [Key(**row, users=own) for row, own in found]
+        return [key_of_row(row, own) for row, own in found]
+
+
+def key_of_row(row: sa.RowMapping, users: Sequence[str]) -> Key:
+    """A key of its row and its users."""
+    purposes = tuple(row["purposes"].split(",")) if row["purposes"] else PURPOSES
+    return Key(**{**row, "users": tuple(users), "purposes": purposes})
 
 
 def with_names(table: sa.Table, kind: type[Job | Request]) -> sa.Select[Any]:
@@ -120,9 +126,10 @@ def _of_records() -> sa.Select[Any]:
     return sa.select(records.position, users.name, *columns).join_from(schema.records, schema.users)
 
 
-def _newest_first(
+def newest_first(
     query: sa.Select[Any], table: sa.Table, before: Place | None, count: int
 ) -> sa.Select[Any]:
+    """A page of a query on a table with `created` and `id`."""
     created, id = table.c.created, table.c.id
     if before is not None:
         since, last = before

@@ -89,6 +89,7 @@ keys.append_column(Column("bound", Boolean, nullable=False, server_default=sa.fa
 unbound when all but one are deleted.
 """
 keys.append_column(Column("revoked", Time))
+keys.append_column(Column("purposes", Name))  # with commas; NULL: every one
 sa.UniqueConstraint(keys.c.hash)
 Index("ix_keys_created", keys.c.created)
 
@@ -133,6 +134,13 @@ Index("ix_sessions_expires", sessions.c.expires)
 activity = _table("activity", hour=Number, kind=Short, name=Name, count=Number)
 """How often something happened in an hour; `hour` is its beginning."""
 Index("ix_activity_hour", *activity.c[("hour", "kind", "name")], unique=True)
+
+audit = _table(
+    "audit", "id", id=Name, created=Time, key=Short, purpose=Short, action=Name, person=Name
+)
+"""Who has read or deleted what. `person`: the keyed hash of a user's name; empty: of all."""
+Index("ix_audit_created", audit.c.created)
+Index("ix_audit_person", audit.c.person, audit.c.created)
 
 OF_USERS = (feedback, requests, responses, jobs, heads, records)
 """Tables with a column `user`, in an order in which rows may be deleted."""

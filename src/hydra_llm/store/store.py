@@ -19,13 +19,15 @@ from sqlalchemy.engine import URL
 
 from hydra_llm.history import in_order, parse_time
 from hydra_llm.store import migrate, schema
+from hydra_llm.store.audit import AuditLog
 from hydra_llm.store.change import FEEDBACK_ID, UserChange, check_version, known_or_new, locked_user
 from hydra_llm.store.database import in_parts, insert_new, mark_deletion, one_line_errors
-from hydra_llm.store.pages import Pages, with_names
+from hydra_llm.store.pages import Pages, key_of_row, with_names
 from hydra_llm.store.removals import WATCHED, tell_removal
 from hydra_llm.store.sessions import Sessions
 from hydra_llm.store.spend import Spending, forget_spender
 from hydra_llm.store.values import (
+    PURPOSES,
     Added,
     Job,
     Key,
@@ -38,7 +40,7 @@ from hydra_llm.store.values import (
 from hydra_llm.types import ARROW, UNREADABLE, Record, Span, as_one_text
 
 
-class Store(Spending, Pages, Sessions):
+class Store(Spending, Pages, Sessions, AuditLog):
     """All that the gateway keeps. Any number of threads and processes may use one database."""
 
     def __init__(self, url: str | URL, *, timeout: float = 30.0, create: bool = True):
@@ -302,6 +304,7 @@ class Store(Spending, Pages, Sessions):
     def add_key(self, key: Key) -> None:
         row = asdict(key)
         users = [{"key": key.id, "name": name} for name in row.pop("users")]
+        row["purposes"] = None if set(PURPOSES) <= {*key.purposes} else ",".join(key.purposes)
         with self.writing() as connection:
             # This row stays when the last key is deleted with its user: that must not open the
             # server to everyone.
@@ -326,7 +329,7 @@ class Store(Spending, Pages, Sessions):
             stored = connection.execute(rows).mappings().all()
             for key, name in connection.execute(names):
                 of_key[key].append(name)
-        return [Key(**row, users=tuple(of_key[row["id"]])) for row in stored]
+        return [key_of_row(row, of_key[row["id"]]) for row in stored]
 
     def has_keys(self) -> bool:
         """Whether any key was ever made: then every request needs one."""

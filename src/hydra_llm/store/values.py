@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hydra_llm.types import Record
 
@@ -86,6 +86,13 @@ class StoredFeedback:
     content: Any
 
 
+Purpose = Literal["answer", "write", "read", "delete"]
+PURPOSES: tuple[Purpose, ...] = ("answer", "write", "read", "delete")
+"""What a key may be for: answers of the LLM, records and feedback, reading and deleting what is
+kept of users.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Key:
     """An API key. Its secret is kept nowhere, its hash in the store only."""
@@ -98,6 +105,19 @@ class Key:
     created: float
     revoked: float | None
     bound: bool = False  # made for one user, whom a request need not name
+    purposes: tuple[str, ...] = PURPOSES
+
+
+@dataclass(frozen=True, slots=True)
+class Accessed:
+    """An entry of the audit log."""
+
+    id: str
+    created: float
+    key: str  # the public id of an API key; `cli`: a command; empty: no key was needed
+    purpose: str  # read or delete
+    action: str  # as "export"; no content
+    person: str  # a keyed hash of the user's name; empty: of all users
 
 
 @dataclass(frozen=True, slots=True)

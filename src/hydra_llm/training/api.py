@@ -23,7 +23,7 @@ from hydra_llm.datasets.verdicts import doubts
 from hydra_llm.errors import DataError, SettingsError, UnknownUser
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.concurrency import StageProgress, run_sync
-from hydra_llm.llm.none import NONE, is_none
+from hydra_llm.llm.none import NONE, NoLLM, is_none
 from hydra_llm.llm.registry import open_llm
 from hydra_llm.model.encoder import open_encoder
 from hydra_llm.model.feature_cache import FeatureCache
@@ -35,6 +35,7 @@ from hydra_llm.tasks.base import Task
 from hydra_llm.training.encode import STAGE, encode_ahead, encode_histories
 from hydra_llm.training.labelling import asked_about
 from hydra_llm.training.learned import Learned
+from hydra_llm.training.private import check_askable, check_private
 from hydra_llm.training.refit import KeptFit
 from hydra_llm.training.strengths import Strengths
 from hydra_llm.training.train_scorer import silent
@@ -70,8 +71,10 @@ async def alearn(
     if out is not None:
         check_place(Path(out))
     settings, data, model = _opened(dataset, llm, settings)
+    check_private(settings)
     learned, users = _begun(data, model, settings, progress, warn)
     asked = asked_about(data, settings, learned.users[: settings.labelled_users])
+    check_askable(settings, data.task, learned.bundle.records, asked.all)
     work = Work(learned, model, progress, out, strengths, asked)
     checkpoint = await work.learn_from(users, first)
     learned.bundle.features.progress = None
@@ -103,7 +106,7 @@ def _begun(
     base = sampled_users(users, settings)
     blank = blank_bundle(data.task, llm, settings, records, progress, base)
     blank = replace(blank, trained_on=tuple(base))
-    weak = settings.reranker_labels == "history" and settings.rerank != "never"
+    weak = settings.reranker_labels == "history" and settings.learns_reranker
     every = list(chain.from_iterable(records[user] for user in base))
     encode_histories(blank, every, progress, ranks=weak and not is_none(llm))
     notes = _lacking(named, with_records, "have no records and were left out")
@@ -127,7 +130,7 @@ async def afit(
     fitted anew. A user without records gets the shared head.
     `kept`: that of an earlier result, or an empty dict: where a history has only grown at its end,
     just the new records are labelled and encoded. `changed`, beside it: how many of a user's
-    records came before a change of taste; these count a tenth.
+    records came before a change of taste; these count a tenth. With `private` the LLM is not asked.
 
     Raises SettingsError: `settings` change what was fixed in learning; `Bundle.settings_with` makes
     some that do not. UnknownUser: a user whom the data set does not have. DataError: the data set
@@ -136,7 +139,8 @@ async def afit(
     given = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     if settings is not None:
         given = replace(given, settings=as_learned(given.settings, settings))
-    _, data, model = _opened(dataset, llm, given.settings)
+        check_private(settings, ("fit_labels",))
+    _, data, model = _opened(dataset, NoLLM() if given.settings.private else llm, given.settings)
     given.check_precision()
     given.check_task(data.task)
     names = data.users("test") if users is None else _known(list(dict.fromkeys(users)), data)

@@ -132,7 +132,9 @@ def weak_groups(
     if name == RERANKER:
         made = (weak_reranker_groups(plain, featurizer, user, since) for user in users)
     else:
-        every = offers_all(plain.task, plain.settings)
+        # In private mode no sample of the LLM says what else the user could have answered.
+        private = plain.settings.private and bool(plain.task.labels)
+        every = private or offers_all(plain.task, plain.settings)
         of_records = weak_adapter_groups if every else choice_groups
         made = (of_records(featurizer, plain.records[user], since) for user in users)
     return list(chain.from_iterable(made))

@@ -76,10 +76,11 @@ class Asked:
 def asked_about(data: DataSet, settings: Settings, users: Sequence[str]) -> Asked:
     """What the LLM labels of these training users, up to `queries_per_user` of each: their latest
     records, known queries included (`label_queries=history`, and `auto`); or their first known
-    queries, which see the history alone, as a benchmark asks them (`queries`); or these, and then
-    the latest records before them (`both`).
+    queries, which see the history alone, as a benchmark asks them (`queries`, and in private mode);
+    or these, and then the latest records before them (`both`).
     """
-    task, most, how = data.task, settings.queries_per_user, settings.label_queries
+    task, most = data.task, settings.queries_per_user
+    how = "queries" if settings.private else settings.label_queries
     if how in ("auto", "history"):
         answered = {user: data.answered(user) for user in users}
         return Asked(
@@ -310,7 +311,7 @@ def asks_in_fit(task: Task, settings: Settings) -> bool:
     little to learn a word model from).
     """
     by_words = not task.labels and settings.word_model and settings.fit_labels == "history"
-    return not offers_all(task, settings) and not by_words
+    return not (settings.private or offers_all(task, settings) or by_words)
 
 
 def reads_labels(task: Task, settings: Settings) -> bool:

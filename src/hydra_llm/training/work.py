@@ -95,7 +95,7 @@ class Work:
             learned.report(reranker=first.report.get(RERANKER, {}))
         elif is_none(self.llm):
             learned.report(reranker={"skipped": NO_LLM})
-        elif settings.retrieved > 0 and settings.rerank != "never":
+        elif settings.learns_reranker:
             ranking = await self.labelled_data(RERANKER)
             self.train(ranking, tune=settings.tune_encoder)
         await self.choose(first)

@@ -18,7 +18,7 @@ from hydra_llm.gateway.schemas import MAX_ID, ApiError, KeyIn, id_fault
 from hydra_llm.gateway.ui.charts import NAMES, SPANS, figures, money_bars, seconds, summed
 from hydra_llm.gateway.ui.pages import Form, Here, Visit, go, make_router, show
 from hydra_llm.gateway.ui.people import valid
-from hydra_llm.store.values import Key
+from hydra_llm.store.values import PURPOSES, Key
 
 if TYPE_CHECKING:
     from hydra_llm.bundle import Bundle
@@ -109,7 +109,8 @@ def keys_page(here: Here, after: str = "", id: str = "") -> Response:
     """The keys, newest first, or the one of an id."""
     if not id:
         return _keys_page(here, after)
-    values = {"keys": [_key(here, id)], "more": None, "first": False, "open": False}
+    values: dict[str, Any] = {"keys": [_key(here, id)], "more": None, "first": False}
+    values |= {"open": False, "purposes": PURPOSES}
     return show(here, "keys.html", **values, fault="", given={})
 
 
@@ -120,7 +121,9 @@ def create_key(here: Here, form: Form) -> Response:
     admin = form.get("kind") == "admin"
     try:
         label = form.get("label", "").strip()
-        sent = valid(KeyIn, users=[] if admin else users, admin=admin, label=label)
+        purposes = [own for own in PURPOSES if form.get(own) or "purposes" not in form]
+        about: dict[str, Any] = {"admin": admin, "label": label, "purposes": purposes}
+        sent = valid(KeyIn, users=[] if admin else users, **about)
         made = admin_routes.create_key(sent, here.http)
     except ApiError as error:
         if error.status != 400:
@@ -156,7 +159,7 @@ def _keys_page(
     page = admin_routes.list_keys(here.http, after=after, limit=PAGE)
     values = {"keys": page["data"], "more": page["next"], "first": not after}
     values |= {"fault": fault, "given": given or {}}
-    values["open"] = here.caller is WITHOUT_KEYS
+    values |= {"open": here.caller is WITHOUT_KEYS, "purposes": PURPOSES}
     return show(here, "keys.html", 400 if fault else 200, **values)
 
 

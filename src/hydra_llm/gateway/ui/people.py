@@ -15,6 +15,8 @@ from fastapi import Query, Response
 from pydantic import BaseModel, ValidationError
 
 from hydra_llm.gateway import record_routes, user_routes
+from hydra_llm.gateway.audit import allow
+from hydra_llm.gateway.middleware import DASHBOARD
 from hydra_llm.gateway.record_routes import shown_records
 from hydra_llm.gateway.schemas import (
     MAX_NUMBER,
@@ -268,8 +270,9 @@ def _ask_to_delete(here: Visit, fault: str = "") -> Response:
 
 
 def _store(here: Visit) -> Store:
-    store: Store = here.http.app.state.gateway.store
-    return store
+    """The store, for a caller who may read what is kept of the page's user."""
+    page = here.http.scope["route"].path.removeprefix(DASHBOARD)
+    return allow(here.http, here.user, "read", f"page {page}").store
 
 
 def _record(here: Visit, id: str) -> dict[str, Any]:
