@@ -1,11 +1,12 @@
 """How often a set of records is found without which another answer is picked, and what it costs.
 
     python benchmarks/reasons.py DATA [--sets opinion suggestion news_headline] [--queries 60]
-    [--draws 20] [--json]
+    [--draws 20] [--bundles FOLDER] [--json]
 
 DATA is the folder of the data sets. Each set's bundle is learned from its training users, and each
 new user is asked the first query. `suggestion` and `opinion` need no LLM; `news_headline` answers
-from the recording in `benchmarks/results`. `refit` fits the user's head again without the records,
+from the recording in `benchmarks/results`. A bundle in `--bundles` (by the set's name) is used as
+it is, else learned there, or nowhere. `refit` fits the user's head again without the records,
 `kept` leaves it as it was fitted with them; headlines have no head that could be fitted again.
 
     found      share of the queries for which a set was found, with its 95 % interval
@@ -19,6 +20,7 @@ from the recording in `benchmarks/results`. `refit` fits the user's head again w
 Exits with 1 if a set does not flip its pick, parts do not add up, or half of the random sets flip.
 """
 
+import argparse
 import random
 import statistics
 import time
@@ -31,9 +33,10 @@ from measure import Limit, finish, options
 
 from hydra_llm.bench.stats import interval
 from hydra_llm.bundle import Bundle
-from hydra_llm.config import Settings, load_settings
+from hydra_llm.config import load_settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.native import load
+from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.registry import open_llm
 from hydra_llm.reasons import Reasons, Refit, why
 from hydra_llm.training.api import fit, learn
@@ -58,9 +61,8 @@ class Case:
 
     data: DataSet
     bundle: Bundle
-    settings: Settings
+    llm: ChatLLM
     answers: Sequence[Answer]
-    llm: Any
 
 
 def main() -> None:
@@ -69,10 +71,11 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=["opinion", "suggestion", "news_headline"])
     parser.add_argument("--queries", type=int, default=60)
     parser.add_argument("--draws", type=int, default=20)
+    parser.add_argument("--bundles", type=Path, help="where learned bundles are, or are written")
     args = parser.parse_args()
     rows = []
     for name in args.sets:
-        case = opened(args.data / name, name, args.queries)
+        case = opened(name, args)
         refit = refit_of(case.bundle)
         ways: dict[str, Refit | None] = {"kept": None} | ({"refit": refit} if refit else {})
         rows += [{"set": name, "head": how} | measured(case, ways[how], args) for how in ways]
@@ -86,17 +89,21 @@ def main() -> None:
     finish(args, {"rows": rows}, [line(row) for row in rows], limits)
 
 
-def opened(folder: Path, name: str, most: int) -> Case:
+def opened(name: str, args: argparse.Namespace) -> Case:
     settings = load_settings(rerank="never", users=USERS, **OF_SET.get(name, {}))
-    data = load(folder)
+    data, place = load(args.data / name), args.bundles and args.bundles / name
     llm = open_llm(f"replay:{RECORDING}" if name in OF_SET else "none", settings)
-    bundle = fit(data, learn(data, llm, settings).bundle, llm).bundle
+    if place and place.exists():
+        bundle = Bundle.load(place)
+    else:
+        bundle = learn(data, llm, settings, out=place).bundle
+    users = [user for user in data.users("test") if data.queries(user)][: args.queries]
+    bundle = fit(data, bundle, users=users).bundle
     personalizer = bundle.personalizer(llm)
-    queries = [data.queries(user)[0] for user in data.users("test")[:most] if data.queries(user)]
-    return Case(data, bundle, settings, [personalizer.answer(query) for query in queries], llm)
+    return Case(data, bundle, llm, [personalizer.answer(data.queries(user)[0]) for user in users])
 
 
-def measured(case: Case, refit: Refit | None, args: Any) -> dict[str, Any]:
+def measured(case: Case, refit: Refit | None, args: argparse.Namespace) -> dict[str, Any]:
     personalizer, dice = case.bundle.personalizer(case.llm), random.Random(args.seed)
     found: list[tuple[Answer, Reasons]] = []
     milliseconds, asked = list[float](), 0

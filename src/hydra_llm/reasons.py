@@ -20,6 +20,7 @@ from hydra_llm.types import Answer, Candidate, Record
 
 MOST_RECORDS = 200  # the latest ones that are taken out one by one
 PAIRS_AMONG = 12  # records with the greatest weight of which every pair is tried
+TRIES = 16  # numbers of first records, about, that are tried before those between two of them
 LIKELY = 0.5  # a refit is worth its time for records that are to lose so much of the lead
 IN_WORDS = {
     "shared": "the model that all users share",
@@ -215,13 +216,10 @@ class _Removals:
         yield from combinations(weights[:PAIRS_AMONG], 2)
 
     def _first(self, weights: Sequence[Weight]) -> int:
-        """How many of the first records change the pick; 0 where it was not found."""
-        for_it, every = sum(own.lead > 0 for own in weights), len(weights)
-        ends = (for_it, for_it * 3 // 4, for_it // 2, (for_it + every) // 2, every)
-        likely = (end for end in ends if end > 2 and self._likely(weights[:end]))
-        count, below = next((end for end in likely if self._flips(weights[:end])), 0), 2
-        while count - below > 1:
-            middle = (count + below) // 2
-            flips = self._flips(weights[:middle])
-            below, count = (below, middle) if flips else (middle, count)
-        return count
+        """How many of the first records, of three or more, change the pick; 0 if none was found."""
+        every, step = len(weights), max(1, len(weights) // TRIES)
+        sizes = [*range(3, every, step), every] if every > 2 else []
+        likely = [size for size in sizes if self._likely(weights[:size])]
+        count = next((size for size in likely if self._flips(weights[:size])), 0)
+        fewer = range(max(3, count - step + 1), count)
+        return next((size for size in fewer if self._flips(weights[:size])), count)
