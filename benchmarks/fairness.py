@@ -37,9 +37,10 @@ from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.demo import RATING, movielens, people
 from hydra_llm.datasets.native import load, save
 from hydra_llm.llm.none import NoLLM
+from hydra_llm.select import all_labels, select
 from hydra_llm.training.api import fit, learn
-from hydra_llm.training.group_scales import SCALES, calibrated, scaled
-from hydra_llm.types import Query
+from hydra_llm.training.group_scales import SCALES, calibrated
+from hydra_llm.types import Candidate, Query
 
 FIELDS = ("gender", "age", HISTORY, ACTIVITY)
 NAMES = "hydra", "shared"
@@ -96,20 +97,25 @@ def answers(bundle: Bundle, data: DataSet, users: Sequence[str]) -> Answers:
         [query for user in users for query in data.queries(user)],
     )
     fitted = fit(own, bundle).bundle
-    queries = [query for user in users for query in data.queries(user)]
-    samples: dict[float | None, Sequence[Sample]] = {}
-    for scale in SCALES:
-        heads = scaled(fitted.heads["adapter"], dict.fromkeys(users, scale))
-        samples[scale] = asked(replace(fitted, heads={"adapter": heads}), queries)
-    samples[None] = asked(replace(fitted, heads={}, records={}), queries)
+    plain = fitted.without_heads().personalizer(NoLLM())
+    personal, alone = fitted.personalizer(NoLLM()), replace(plain, records={})
+    samples: dict[float | None, list[Sample]] = {scale: [] for scale in (*SCALES, None)}
+    for query in own.stream_queries():
+        offered = all_labels(RATING, [])
+        base = alone.select(alone.context_of(query), offered)
+        samples[None].append(sample(query, base.candidates[base.chosen]))
+        found = personal.select(personal.context_of(query), offered)
+        scores = np.array([candidate.score for candidate in found.candidates])
+        for scale in SCALES:  # a score is linear in the head's numbers
+            own_scores = scores - (1 - scale) * found.parts["head"]
+            shares = np.exp(own_scores - own_scores.max())
+            pick = select(RATING, offered, own_scores, shares / shares.sum(), "expected-gain")
+            samples[scale].append(sample(query, offered[pick]))
     return Answers(users, samples)
 
 
-def asked(bundle: Bundle, queries: Sequence[Query]) -> list[Sample]:
-    pipeline = bundle.personalizer(NoLLM())
-    return [
-        Sample("m", own.user, own.id, own.gold or "", pipeline.answer(own).text) for own in queries
-    ]
+def sample(query: Query, pick: Candidate) -> Sample:
+    return Sample("m", query.user, query.id, query.gold or "", pick.answer)
 
 
 def measured(

@@ -112,7 +112,7 @@ def refitted(bundle: Bundle, answer: Answer, gone: Collection[str]) -> Answer:
     )
 
 
-def test_a_refit_finds_sets_that_flip_the_pick_of_a_user_without_them(
+def test_sets_of_a_refit_flip_the_pick_of_a_user_without_them(
     bundle: Bundle, answered: Explained
 ) -> None:
     """Each record of them is needed, and as many others rarely change the pick."""

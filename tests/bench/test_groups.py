@@ -47,7 +47,7 @@ def test_gains_and_harm_are_those_of_fairlearn() -> None:
 
     dice, users = np.random.default_rng(0), [f"u{i}" for i in range(40)]
     group_of = {user: str(dice.choice(["x", "y", "z"])) for user in users}
-    off = {user: int(dice.integers(0, 4)) for user in users}
+    off = {user: int(dice.integers(0, 3)) for user in users}
     found = changed(off, group_of)
     changes = {user: (1 - own) / 4 for user, own in off.items()}
     frame = MetricFrame(
