@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def opened(name: str, args: argparse.Namespace) -> Case:
-    settings = load_settings(rerank="never", users=USERS, **OF_SET.get(name, {}))
+    settings = load_settings(None, None, rerank="never", users=USERS, **OF_SET.get(name, {}))
     data, place = load(args.data / name), args.bundles and args.bundles / name
     llm = open_llm(f"replay:{RECORDING}" if name in OF_SET else "none", settings)
     if place and place.exists():
@@ -161,7 +161,7 @@ def is_flipped(case: Case, answer: Answer, gone: Collection[str], refit: Refit |
         heads = fit(poorer, bundle, users=[query.user]).bundle.heads_of(query.user)
     pipeline = replace(bundle.personalizer(case.llm), records={query.user: kept})
     context = replace(pipeline.context_of(query), heads=heads)
-    candidates = [replace(own, score=None, probability=None) for own in answer.candidates]
+    candidates = tuple(replace(own, score=None, probability=None) for own in answer.candidates)
     return pipeline.decide(context, replace(answer.proposal, candidates=candidates)).text != (
         answer.text
     )
