@@ -3,18 +3,24 @@ a set of records that decides.
 """
 
 import random
+from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
 from hydra_llm import fit, learn
+from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
+from hydra_llm.context import Context
+from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.pipeline import UserPipeline
 from hydra_llm.reasons import Reasons, in_words, of, why
 from hydra_llm.select import FirstCandidate, Selection
 from hydra_llm.tasks import choices
 from hydra_llm.tasks.base import Task
+from hydra_llm.training.leave_out import LeaveOut, refit_of
 from hydra_llm.types import Answer
 from tests.learning import ONE_STRENGTH
 from tests.test_end_to_end import STARS, TAGS, crowd_pleaser, world
@@ -23,14 +29,19 @@ Explained = tuple[UserPipeline, list[tuple[Answer, Reasons]]]
 
 
 @pytest.fixture(scope="module", params=[TAGS, STARS], ids=["labels", "ratings"])
-def answered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Explained:
-    """A personalizer, its answers to new users' queries, and their reasons."""
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     simulated, llm = world(request.param), crowd_pleaser(request.param)
     settings = Settings(samples=2, retrieved=4, k=2, queries_per_user=2, width=32, max_length=32)
     folder = tmp_path_factory.mktemp("reasons") / "bundle"
     learn(simulated.data, llm, settings, out=folder, strengths=ONE_STRENGTH)
-    fitted = fit(simulated.data, folder, llm)
-    personalizer = fitted.bundle.personalizer(llm, settings)
+    return fit(simulated.data, folder, llm).bundle
+
+
+@pytest.fixture(scope="module")
+def answered(bundle: Bundle) -> Explained:
+    """A personalizer, its answers to new users' queries, and their reasons."""
+    simulated, llm = world(bundle.task), crowd_pleaser(bundle.task)
+    personalizer = bundle.personalizer(llm, bundle.settings)
     pairs = []
     for query in simulated.queries:
         answer = personalizer.answer(query)
@@ -88,6 +99,85 @@ def test_without_the_needed_records_another_answer_is_picked(answered: Explained
         by_lot += without(personalizer, answer, drawn).text != answer.text
     assert found >= 5
     assert by_lot <= found / 4
+
+
+def refitted(bundle: Bundle, answer: Answer, gone: Collection[str]) -> Answer:
+    """The pick among the same candidates by a user who has never had these records."""
+    query = answer.proposal.query
+    kept = [own for own in bundle.records[query.user] if own.id not in gone]
+    poorer = DataSet.from_records(bundle.task, {query.user: "test"}, kept, [])
+    one = fit(poorer, bundle, users=[query.user]).bundle
+    return one.personalizer(crowd_pleaser(bundle.task)).decide(
+        replace(one.pipeline().context(query, kept, one.heads_of(query.user))), answer.proposal
+    )
+
+
+def test_sets_of_a_refit_flip_the_pick_of_a_user_without_them(
+    bundle: Bundle, answered: Explained
+) -> None:
+    """Each record of them is needed, and as many others rarely change the pick."""
+    personalizer, pairs = answered
+    dice, found, by_lot = random.Random(0), 0, 0
+    for answer, as_fitted in pairs[::4]:
+        reasons = why(personalizer, answer, refit_of(bundle))
+        assert reasons is not None
+        assert reasons.parts == as_fitted.parts
+        needed = {record.id for record in reasons.needed}
+        if not needed:
+            continue
+        found += 1
+        assert refitted(bundle, answer, needed).text != answer.text
+        for one in list(needed)[:2]:
+            assert refitted(bundle, answer, needed - {one}).text == answer.text
+        drawn = dice.sample([own.record.id for own in reasons.records], len(needed))
+        by_lot += refitted(bundle, answer, drawn).text != answer.text
+    assert found >= 4
+    assert by_lot <= found / 2
+
+
+def leave_out(bundle: Bundle, context: Context) -> LeaveOut:
+    refit = refit_of(bundle)
+    own = refit(context) if refit else None
+    assert isinstance(own, LeaveOut)
+    return own
+
+
+def test_near_heads_are_those_of_a_fit_without_the_record(
+    bundle: Bundle, answered: Explained
+) -> None:
+    """Nearer to it than the head with all records, but for side features of later records."""
+    personalizer, pairs = answered
+    moved, missed = 0.0, 0.0
+    for answer, _ in pairs[::10]:
+        context = personalizer.context_of(answer.proposal.query)
+        own = leave_out(bundle, context)
+        assert set(own.near) == {record.id for record in context.visible}
+        for record in context.visible[-6:]:
+            exact = own.without({record.id}).numbers
+            moved += float(np.linalg.norm(exact - own.head.numbers))
+            missed += float(np.linalg.norm(exact - own.near[record.id].numbers))
+    assert missed < moved / 3
+
+
+def test_a_head_that_a_refit_would_not_make_stays(bundle: Bundle, answered: Explained) -> None:
+    """Such as one that feedback has moved, or none at all."""
+    personalizer, ((answer, as_fitted), *_) = answered
+    refit, context = refit_of(bundle), personalizer.context_of(answer.proposal.query)
+    assert refit is not None
+    head = context.heads["adapter"]
+    moved = replace(head, numbers=head.numbers + 0.1)
+    explained = partial(why, answer=answer, refit=refit)
+    for heads in ({"adapter": {answer.proposal.query.user: moved}}, {}):
+        other = replace(personalizer, heads=heads)
+        assert refit(other.context_of(answer.proposal.query)) is None
+        assert explained(other) == why(other, answer)
+    assert explained(personalizer) != as_fitted
+
+
+def test_no_refit_where_the_llm_would_have_to_be_asked_again(bundle: Bundle) -> None:
+    texts = replace(bundle, task=Task("headlines", "generation", "Write a headline: {input}"))
+    assert refit_of(texts) is None
+    assert refit_of(replace(bundle, scorers={})) is None
 
 
 def test_no_reasons_where_no_adapter_decides(answered: Explained) -> None:

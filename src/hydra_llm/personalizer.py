@@ -9,7 +9,7 @@ from hydra_llm.config import load_settings
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.registry import open_llm
 from hydra_llm.pipeline import UserPipeline
-from hydra_llm.reasons import Reasons, why
+from hydra_llm.reasons import Reasons, Refit, why
 from hydra_llm.types import Answer
 
 
@@ -31,6 +31,9 @@ class Personalizer(UserPipeline):
         opened = open_llm(llm, chosen) if isinstance(llm, str) else llm
         return cls.of(loaded.pipeline(chosen), opened, loaded.records, loaded.heads)
 
-    def why(self, answer: Answer) -> Reasons | None:
-        """Why the adapter picked this answer (`reasons.why`); None where no adapter decided."""
-        return why(self, answer)
+    def why(self, answer: Answer, refit: Refit | None = None) -> Reasons | None:
+        """Why the adapter picked this answer (`reasons.why`); None where no adapter decided. With
+        `refit`, of `training.leave_out.refit_of(bundle)`, the user's head is fitted again without
+        the records that are taken out; else it stays as it is.
+        """
+        return why(self, answer, refit)

@@ -1,23 +1,27 @@
 """Why the adapter picked an answer. A score is a sum (`Scorer`), so that each part's share in the
 pick's lead over the runner-up is exact; a record's share is the lead that is lost without it.
 
-Records are taken out of what the adapter sees of the history. The candidates, which the LLM has
-written, and the user's head, which was fitted before, stay as they are.
+Records are taken out of what the adapter sees of the history, and with a `Refit` out of what the
+user's head was fitted on; without one the head stays as it is. The candidates, which the LLM has
+written, always stay.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import combinations
-from typing import Any
+from typing import Any, Protocol
 
 from hydra_llm.context import Context
+from hydra_llm.model.head import Head
 from hydra_llm.pipeline import UserPipeline
 from hydra_llm.select import Selection, Selector
 from hydra_llm.types import Answer, Candidate, Record
 
 MOST_RECORDS = 200  # the latest ones that are taken out one by one
 PAIRS_AMONG = 12  # records with the greatest weight of which every pair is tried
+TRIES = 16  # numbers of first records, about, that are tried before those between two of them
+LIKELY = 0.5  # a refit is worth its time for records that are to lose so much of the lead
 IN_WORDS = {
     "shared": "the model that all users share",
     "head": "what was learned of this user",
@@ -39,6 +43,23 @@ IN_WORDS = {
     "taste": "similarity to candidates that the user took, less those left",
 }
 """Part of a score, or pattern of its name → what it tells. Parts of one meaning are added up."""
+
+
+class LeaveOut(Protocol):
+    """A user's head of the adapter without some of the records that it was fitted on."""
+
+    def without(self, gone: Collection[str]) -> Head:
+        """The head as fitted without these records, by id."""
+        ...
+
+    @property
+    def near(self) -> Mapping[str, Head]:
+        """Record → about the head without it, for each that the head has learned from."""
+        ...
+
+
+Refit = Callable[[Context], LeaveOut | None]
+"""None where the user has no head that could be fitted again (`training.leave_out`)."""
 
 
 def in_words(parts: Mapping[str, float]) -> dict[str, float]:
@@ -96,18 +117,22 @@ class Reasons:
         }
 
 
-def why(pipeline: UserPipeline, answer: Answer) -> Reasons | None:
+def why(pipeline: UserPipeline, answer: Answer, refit: Refit | None = None) -> Reasons | None:
     """Why a pipeline gave this answer, with the records and heads that it still has; None where no
     adapter decided between two candidates, or it kept the first one as it was unsure. Makes no LLM
-    call.
+    call. `refit` (`training.leave_out.refit_of`): heads are fitted again without the records.
     """
     context = pipeline.context_of(answer.proposal.query)
     selection = pipeline.select(context, answer.proposal.candidates)
-    return of(pipeline.selector, context, selection, context.visible[-MOST_RECORDS:])
+    return of(pipeline.selector, context, selection, context.visible[-MOST_RECORDS:], refit)
 
 
 def of(
-    selector: Selector, context: Context, selection: Selection, records: Sequence[Record] = ()
+    selector: Selector,
+    context: Context,
+    selection: Selection,
+    records: Sequence[Record] = (),
+    refit: Refit | None = None,
 ) -> Reasons | None:
     """Why a selector picked so, as of `why`; `records` are those that are taken out in turn."""
     pick, *others = [selection.candidates[place] for place in selection.ranking]
@@ -118,13 +143,16 @@ def of(
     leads = {name: float(own[one] - own[other]) for name, own in selection.parts.items()}
     parts = _largest_first(leads)
     removals = _Removals(selector, context, selection, pick, others[0])
+    if records and refit is not None:
+        removals.leave_out = refit(context)
     weights = sorted(map(removals.weight, records), key=lambda weight: -weight.lead)
-    needed = removals.needed([weight.record for weight in weights])
-    return Reasons(pick, others[0], parts, tuple(weights), needed)
+    return Reasons(pick, others[0], parts, tuple(weights), removals.needed(weights))
 
 
 class _Removals:
     """Picks among the same candidates without some of the records."""
+
+    leave_out: LeaveOut | None = None
 
     def __init__(
         self,
@@ -141,13 +169,15 @@ class _Removals:
         ]
 
     def weight(self, record: Record) -> Weight:
-        return Weight(record, self.whole - self._lead(self._without([record])))
+        near = self.leave_out.near.get(record.id) if self.leave_out else None
+        return Weight(record, self.whole - self._lead(self._without({record.id}, near)))
 
-    def _without(self, records: Sequence[Record]) -> Selection:
-        """The selection if these records were not there."""
-        gone = {record.id for record in records}
+    def _without(self, gone: Collection[str], head: Head | None) -> Selection:
+        """The selection if these records were not there; by this head, if given."""
         kept = tuple(record for record in self.context.visible if record.id not in gone)
-        return self.selector.choose(replace(self.context, visible=kept), self.candidates)
+        heads = self.context.heads if head is None else {**self.context.heads, "adapter": head}
+        poorer = replace(self.context, visible=kept, heads=heads)
+        return self.selector.choose(poorer, self.candidates)
 
     def _lead(self, selection: Selection) -> float:
         scores = {own.answer: own.score for own in selection.candidates}
@@ -156,26 +186,40 @@ class _Removals:
         assert other is not None
         return one - other
 
-    def _flips(self, records: Sequence[Record]) -> bool:
-        selection = self._without(records)
+    def _flips(self, weights: Sequence[Weight]) -> bool:
+        gone = {own.record.id for own in weights}
+        head = self.leave_out.without(gone) if self.leave_out else None
+        selection = self._without(gone, head)
         return selection.candidates[selection.chosen].answer != self.pick.answer
 
-    def needed(self, records: Sequence[Record]) -> tuple[Record, ...]:
+    def _likely(self, weights: Sequence[Weight]) -> bool:
+        return self.leave_out is None or sum(w.lead for w in weights) >= LIKELY * self.whole
+
+    def needed(self, weights: Sequence[Weight]) -> tuple[Record, ...]:
         """One record, two of the first ones, or as many of the first as it takes, less those that
-        may stay.
+        may stay (Yang, Rudin and Wallace, EACL 2023).
         """
-        for one in records:
-            if self._flips([one]):
-                return (one,)
-        for pair in combinations(records[:PAIRS_AMONG], 2):
-            if self._flips(pair):
-                return pair
-        count = next((n for n in range(3, len(records) + 1) if self._flips(records[:n])), 0)
-        needed, before = list(records[:count]), count + 1
+        for one in filter(self._likely, self._one_or_two(weights)):
+            if self._flips(one):
+                return tuple(own.record for own in one)
+        needed, before = list(weights[: self._first(weights)]), len(weights) + 1
         while len(needed) < before:  # a record may have become needless as another one went
             before = len(needed)
-            for record in reversed(needed.copy()):
-                fewer = [other for other in needed if other is not record]
+            for weight in reversed(needed.copy()):
+                fewer = [other for other in needed if other is not weight]
                 if self._flips(fewer):
                     needed = fewer
-        return tuple(needed)
+        return tuple(own.record for own in needed)
+
+    def _one_or_two(self, weights: Sequence[Weight]) -> Iterator[Sequence[Weight]]:
+        yield from ([own] for own in weights)
+        yield from combinations(weights[:PAIRS_AMONG], 2)
+
+    def _first(self, weights: Sequence[Weight]) -> int:
+        """How many of the first records, of three or more, change the pick; 0 if none was found."""
+        every, step = len(weights), max(1, len(weights) // TRIES)
+        sizes = [*range(3, every, step), every] if every > 2 else []
+        likely = [size for size in sizes if self._likely(weights[:size])]
+        count = next((size for size in likely if self._flips(weights[:size])), 0)
+        fewer = range(max(3, count - step + 1), count)
+        return next((size for size in fewer if self._flips(weights[:size])), count)

@@ -42,6 +42,32 @@ def test_gain_harm_and_gap_of_groups() -> None:
     assert found.gap == pytest.approx(0.25 / 3)
 
 
+def test_gains_and_harm_are_those_of_fairlearn() -> None:
+    from fairlearn.metrics import MetricFrame
+
+    dice, users = np.random.default_rng(0), [f"u{i}" for i in range(40)]
+    group_of = {user: str(dice.choice(["x", "y", "z"])) for user in users}
+    off = {user: int(dice.integers(0, 3)) for user in users}
+    found = changed(off, group_of)
+    changes = {user: (1 - own) / 4 for user, own in off.items()}
+    frame = MetricFrame(
+        metrics={
+            "gain": lambda _, own: np.mean(own),
+            "harm": lambda _, own: np.mean(np.maximum(0, -np.asarray(own))),
+            "harmed": lambda _, own: np.mean(np.asarray(own) < 0),
+        },
+        y_true=[0] * len(users),
+        y_pred=[changes[user] for user in users],
+        sensitive_features=[group_of[user] for user in users],
+    )
+    golden = frame.by_group
+    for own in found.groups:
+        for name in ("gain", "harm", "harmed"):
+            assert getattr(own, name) == pytest.approx(golden.loc[own.group, name])
+    assert [own.group for own in found.groups] == list(golden["gain"].sort_values().index)
+    assert found.gap == pytest.approx(frame.difference()["gain"])
+
+
 def test_the_gaps_p_value_is_that_of_all_deals() -> None:
     errors = {"a": 0, "b": 0, "c": 0, "d": 1, "e": 2, "f": 2, "g": 1}
     found = changed(errors, dict(zip("abcdefg", "xxxyyyy", strict=True)))

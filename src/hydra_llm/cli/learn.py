@@ -160,6 +160,7 @@ def ask(
     check_spec(llm)
     from hydra_llm.reasons import why as reasons_of
     from hydra_llm.training.encode import encode_histories
+    from hydra_llm.training.leave_out import refit_of
 
     if private and k:
         raise SettingsError("--private: no record is in the prompt: leave -k out")
@@ -175,7 +176,7 @@ def ask(
     answer = personalizer.answer(sys.stdin.read().strip() if text == "-" else text, user=user)
     for note in answer.proposal.notes:
         console.say(note)
-    reasons = reasons_of(personalizer, answer) if why else None
+    reasons = reasons_of(personalizer, answer, refit_of(loaded)) if why else None
     if as_json:
         told = {"why": reasons and reasons.to_json()} if why else {}
         console.emit({**as_dict(answer), **told}, as_json)

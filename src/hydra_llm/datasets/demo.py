@@ -30,6 +30,7 @@ MIN_RATINGS = 20
 """Users with fewer are left out."""
 ITEM_FIELDS = ("item_id", "movie_title", "release_year", "class")
 RATING_FIELDS = ("user_id", "item_id", "rating", "timestamp")
+USER_FIELDS = ("user_id", "age", "gender")
 
 
 def movielens(
@@ -55,6 +56,16 @@ def movielens(
     for user in chosen:
         builder.add_user(ratings[user][-per_user:])
     return builder.build(notes)
+
+
+def people(folder: Path | None = None) -> dict[str, dict[str, str | float]]:
+    """User of `movielens` → columns of users.jsonl: age in years, gender F or M; for
+    `native.save(data, folder, people())` and `bench show --by`.
+    """
+    rows = _rows((folder or data_file("movielens").parent) / "ml-100k.user", USER_FIELDS)
+    return {
+        f"u{row['user_id']}": {"age": float(row["age"]), "gender": row["gender"]} for row in rows
+    }
 
 
 def _read_ratings(folder: Path) -> tuple[dict[str, list[Row]], list[str]]:

@@ -233,15 +233,21 @@ def number_as_text(value: Any) -> Any:
     return str(int(value)) if value == int(value) else repr(value)
 
 
-def save(dataset: DataSet, folder: Path | str) -> None:
-    """Write the native layout; the folder appears complete or not at all. DataError if it is not
-    empty, or cannot be written.
+def save(
+    dataset: DataSet,
+    folder: Path | str,
+    columns: Mapping[str, Mapping[str, str | float]] | None = None,
+) -> None:
+    """Write the native layout; the folder appears complete or not at all. `columns`: more of
+    users.jsonl, by user (`user_columns` reads them). DataError if it is not empty, or cannot be
+    written.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError("exists already: remove it or name another folder", file=folder)
     task = json.dumps(dataset.task.to_json(), ensure_ascii=False, indent=1)
-    users = ({"user": user, "split": split} for user, split in dataset.splits.items())
+    more = columns or {}
+    users = ({"user": u, "split": own, **more.get(u, {})} for u, own in dataset.splits.items())
     prefix, parent = f".{folder.name}.", folder.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,7 @@ from hydra_llm.model.newton import (
     TOLERANCE,
     Apply,
     Problem,
+    grad_and_hvp,
     hessian_inverse,
     lbfgs,
     newton_cg,
@@ -94,16 +95,36 @@ class AdditiveHead(VectorShared):
 
     @torch.no_grad()
     def fit(self, problem: HeadProblem) -> list[np.ndarray]:
-        interaction, x = problem.interaction, problem.x
-        shared = self.shared_score(interaction, x.flatten(0, 1)).view_as(problem.offset)
-        convex = self._convex(problem, shared, *self.design(interaction, x))
-        if self.own_bias:
-            convex = with_bias(convex)
+        convex = self.convex_problem(problem)
         start = None if problem.start is None else problem.start[:, : convex.size]
         tolerance = TOLERANCE if start is None else CONTINUED
         precisions = self.precisions(problem.precision)
         values = newton_cg(convex, precisions, start=start, tolerance=tolerance)
         return list(pad(values, (0, self.numbers_per_user - convex.size)).numpy())
+
+    def convex_problem(self, problem: HeadProblem) -> Problem:
+        """What `fit` minimises, by the users' numbers (without the bias where it has no effect)."""
+        interaction, x = problem.interaction, problem.x
+        shared = self.shared_score(interaction, x.flatten(0, 1)).view_as(problem.offset)
+        convex = self._convex(problem, shared, *self.design(interaction, x))
+        return with_bias(convex) if self.own_bias else convex
+
+    @torch.no_grad()
+    def left_out(self, problem: HeadProblem, head: Head) -> Tensor:
+        """[G, P] one user's numbers (U = 1) without each group, to first order around the head that
+        was fitted on all of them: influence functions (Koh and Liang, ICML 2017).
+        """
+        convex, numbers = self.convex_problem(problem), torch.tensor(head.numbers)
+        size, count = convex.size, self.coordinates
+        x = problem.x.expand(count, *problem.x.shape[1:])
+        rows = self.design(problem.interaction, x)[0](torch.eye(count))
+        rows = torch.cat([rows, torch.ones(size - count, *rows.shape[1:])])
+        by_score, hvp = grad_and_hvp(convex.offset + convex.dot(numbers[None, :size]), convex)
+        hessian = hvp(rows).flatten(1) @ rows.flatten(1).T
+        hessian += torch.diag(torch.ones(size) * self.precisions(problem.precision))
+        gradients = torch.einsum("vgc,gc->vg", rows, by_score[0])
+        changes = torch.linalg.solve(hessian, gradients).T
+        return numbers + pad(changes, (0, self.numbers_per_user - size))
 
     def _convex(self, problem: HeadProblem, scores: Tensor, dot: Apply, outer: Apply) -> Problem:
         """The problem in the coordinates of `dot`, from heads that give these scores."""
