@@ -69,7 +69,7 @@ def train_scorer(
     """The bundle with one more scorer; `tune` trains its encoder too; `keep` as in `fit_scorer`."""
     name, config = data.name, sgd_config(bundle.settings)
     groups = data.groups(bundle.featurizer)
-    scorer = _blank_scorer(bundle, data, groups)
+    scorer = blank_scorer(bundle, data, groups)
     interaction, head = scorer.interaction, scorer.head
     labelled = training_set(bundle, data.rule, scorer, groups)
     interaction.prepare(labelled.groups)
@@ -109,7 +109,7 @@ def refitted_losses(
     those `used` (user and query) of other users.
     """
     groups = in_set_order(data.groups(bundle.featurizer))
-    scorer = _blank_scorer(bundle, data, groups)
+    scorer = blank_scorer(bundle, data, groups)
     labelled = training_set(bundle, data.rule, scorer, groups)
     scorer.interaction.prepare(labelled.groups)
     some = torch.tensor([(group.user, group.query) in used for group in groups])
@@ -117,7 +117,8 @@ def refitted_losses(
     return cross_fitted_losses(scorer, labelled, some, seed=seed, tried=strengths)
 
 
-def _blank_scorer(bundle: Bundle, data: LabelledData, groups: Sequence[LabelledGroup]) -> Scorer:
+def blank_scorer(bundle: Bundle, data: LabelledData, groups: Sequence[LabelledGroup]) -> Scorer:
+    """A scorer that has learned nothing, with the features that these groups ask for."""
     settings = bundle.settings
     with seeded(settings.training_seed):
         interaction = make_features(bundle, groups, by_label=data.by_label)
