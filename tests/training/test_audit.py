@@ -132,7 +132,7 @@ def test_the_ratio_knows_users_apart_and_one_threshold_does_not() -> None:
     loss = usual - 0.3 * members + 0.1 * draw.normal(size=members.shape)
     found = attacks(np.stack([loss, draw.normal(size=loss.shape)], -1), members)
     assert found["ratio"].auc.value > 0.95
-    assert found["ratio"].true_positives.value > 0.5
+    assert found["ratio"].true_positives.value > 0.3
     assert abs(found["loss"].auc.value - 0.5) < 0.1
 
 

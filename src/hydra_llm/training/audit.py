@@ -24,6 +24,7 @@ from hydra_llm.llm.concurrency import StageProgress, run_sync
 from hydra_llm.llm.none import NONE
 from hydra_llm.llm.registry import open_llm
 from hydra_llm.model.scorer import Scorer
+from hydra_llm.training import dp
 from hydra_llm.training.calibration import group_losses
 from hydra_llm.training.convex import fit_base, fit_heads, heads_for, shared_precision
 from hydra_llm.training.dataset import LabelledGroup, TrainingSet
@@ -156,6 +157,8 @@ def _labelled(
 
 def learned_base(bundle: Bundle, labelled: LabelledData, groups: Sequence[LabelledGroup]) -> Scorer:
     """A base of these groups, at the strengths that the bundle chose."""
+    if bundle.settings.dp_epsilon is not None:
+        return private_base(bundle, labelled, groups)
     report = bundle.report[labelled.name]
     scorer = blank_scorer(bundle, labelled, groups)
     data = training_set(bundle, labelled.rule, scorer, groups)
@@ -168,6 +171,14 @@ def learned_base(bundle: Bundle, labelled: LabelledData, groups: Sequence[Labell
         for _ in learn_basis(scorer, data, ridges, rank=rank, steps=steps):
             pass
     scorer.prior_precision = torch.tensor(report["precision"])
+    return scorer
+
+
+def private_base(bundle: Bundle, labelled: LabelledData, groups: Sequence[LabelledGroup]) -> Scorer:
+    """The same with differential privacy, with new noise of the bundle's deviation."""
+    scorer = dp.private_scorer(bundle, labelled.side_names)
+    data = training_set(bundle, labelled.rule, scorer, groups)
+    dp.learn_privately(scorer, data, len(data.names()), dp.budget_of(bundle))
     return scorer
 
 

@@ -20,6 +20,7 @@ from hydra_llm.plugins import HEADS
 from hydra_llm.side_features import Featurizer, fit_stats
 from hydra_llm.tasks.base import Task
 from hydra_llm.tasks.classification import LabelKind
+from hydra_llm.training import dp
 from hydra_llm.training.convex import UserHeads, fit_heads
 from hydra_llm.training.dataset import (
     LabelledGroup,
@@ -69,6 +70,8 @@ def train_scorer(
     """The bundle with one more scorer; `tune` trains its encoder too; `keep` as in `fit_scorer`."""
     name, config = data.name, sgd_config(bundle.settings)
     groups = data.groups(bundle.featurizer)
+    if bundle.settings.dp_epsilon is not None:
+        return _train_privately(bundle, data, groups)
     scorer = blank_scorer(bundle, data, groups)
     interaction, head = scorer.interaction, scorer.head
     labelled = training_set(bundle, data.rule, scorer, groups)
@@ -97,6 +100,21 @@ def train_scorer(
     heads = {**bundle.heads, name: with_times(joint_heads | own_heads, bundle.records)}
     own = {**bundle.report, name: report | fit_report.to_json(convex=head.convex)}
     return replace(bundle, scorers={**bundle.scorers, name: scorer.eval()}, heads=heads, report=own)
+
+
+def _train_privately(bundle: Bundle, data: LabelledData, groups: Sequence[LabelledGroup]) -> Bundle:
+    """As `train_scorer` with `dp_epsilon`: of the users the report has their number alone."""
+    users = len(bundle.trained_on)
+    scorer, budget = dp.private_scorer(bundle, data.side_names), dp.budget_of(bundle)
+    labelled = training_set(bundle, data.rule, scorer, groups)
+    heads = with_times(dp.learn_privately(scorer, labelled, users, budget), bundle.records)
+    report = {"users": users, "features": scorer.interaction.kind, "head": scorer.head.name}
+    return replace(
+        bundle,
+        scorers={**bundle.scorers, data.name: scorer.eval()},
+        heads={**bundle.heads, data.name: heads},
+        report={**bundle.report, data.name: report, "privacy": budget.spent()},
+    )
 
 
 def refitted_losses(
