@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.native import save
 from hydra_llm.errors import SettingsError
+from hydra_llm.gate import generic_requests
 from hydra_llm.llm.registry import open_llm
 from hydra_llm.tasks.base import CohortStats, Task
 from hydra_llm.training import dp
@@ -50,6 +52,14 @@ def made(users: int = 12, leave_out: str = "", task: Task = TASK) -> DataSet:
 def quiet(count: int) -> torch.Tensor:
     """No noise."""
     return torch.zeros(count, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_texts() -> Iterator[None]:
+    """A tenth of the public texts: encoding them would be most of what a test costs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dp, "generic_requests", lambda: generic_requests()[::10])
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -173,12 +183,10 @@ def test_all_that_is_shared_comes_from_noise_and_public_texts(
     def normals(count: int) -> torch.Tensor:
         return torch.randn(count, generator=noise, dtype=torch.float64)
 
+    monkeypatch.setattr(dp, "secret_normals", normals)
     shared = []
     for seed_of_data in (0, 1):
         noise.manual_seed(0)
-        monkeypatch.setattr(dp, "secret_normals", normals)
-        for name in ("private_stats", "learn_privately"):
-            monkeypatch.setattr(getattr(dp, name), "__defaults__", (normals,))
         data = made() if not seed_of_data else others()
         bundle = learn(data, settings=chosen).bundle
         adapter = {key: own.clone() for key, own in bundle.scorers["adapter"].tensors().items()}
@@ -247,7 +255,7 @@ def test_the_commands_learn_show_and_audit(
     chosen: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(made(20), tmp_path / "data")
-    words = ["--set", "max_length=32", "--set", f"cache={tmp_path}", "--dp-epsilon", "2"]
+    words = ["--set", "max_length=32", "--set", f"cache={chosen.cache}", "--dp-epsilon", "2"]
     folder = str(tmp_path / "b")
     data = str(tmp_path / "data")
     assert run(["learn", data, "--out", folder, "--dp-delta", "0.01", *words]) == 0

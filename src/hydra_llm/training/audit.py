@@ -178,7 +178,8 @@ def private_base(bundle: Bundle, labelled: LabelledData, groups: Sequence[Labell
     """The same with differential privacy, with new noise of the bundle's deviation."""
     scorer = dp.private_scorer(bundle, labelled.side_names)
     data = training_set(bundle, labelled.rule, scorer, groups)
-    dp.learn_privately(scorer, data, len(data.names()), dp.budget_of(bundle))
+    budget = dp.budget_of(bundle)
+    dp.learn_privately(scorer, data, len(data.names()), budget, dp.secret_normals)
     return scorer
 
 

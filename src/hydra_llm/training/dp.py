@@ -58,7 +58,8 @@ def secret_normals(count: int) -> Tensor:
     """Noise from the system's random bytes: that of a seed could be subtracted by who knows it."""
     bits = torch.frombuffer(bytearray(os.urandom(8 * count)), dtype=torch.int64)
     uniform = ((bits >> 11) & (2**53 - 1)).double().add(0.5) / 2**53
-    return torch.special.ndtri(uniform)
+    normals: Tensor = torch.special.ndtri(uniform)
+    return normals
 
 
 # ---- the budget
@@ -135,7 +136,8 @@ def check(settings: Settings, task: Task) -> None:
 def clipped(rows: Tensor, norm: float) -> Tensor:
     """Rows [U, D], those longer than `norm` shortened to it."""
     length = rows.norm(dim=-1, keepdim=True)
-    return rows * (norm / length.clamp_min(1e-12)).clamp_max(1.0)
+    short: Tensor = rows * (norm / length.clamp_min(1e-12)).clamp_max(1.0)
+    return short
 
 
 def noisy_sum(rows: Tensor, norm: float, noise: float, draw: Draw) -> Tensor:
@@ -165,10 +167,10 @@ def begun(bundle: Bundle) -> Bundle:
     """A blank bundle whose statistics of the training users are private, where that is asked."""
     if bundle.settings.dp_epsilon is None:
         return bundle
-    return replace(bundle, population=private_stats(bundle, budget_of(bundle)))
+    return replace(bundle, population=private_stats(bundle, budget_of(bundle), secret_normals))
 
 
-def private_stats(bundle: Bundle, budget: Budget, draw: Draw = secret_normals) -> CohortStats:
+def private_stats(bundle: Bundle, budget: Budget, draw: Draw) -> CohortStats:
     """The population's label shares; the usual cosine is that of the code, not of the users."""
     places = {label: at for at, label in enumerate(bundle.task.labels)}
     rows = torch.zeros(len(bundle.trained_on), len(places))
@@ -262,6 +264,7 @@ class UserGradients:
         """[U, V + E] at v [V + E]."""
         interaction = self.scorer.interaction
         assert isinstance(interaction, LabelBilinear)
+        assert interaction.coding is not None
         own, weights = v[: interaction.size], v[interaction.size :]
         scores = interaction.dot(self.x[None], own[None])[0] + self.side @ weights
         target = self.data.target
@@ -292,6 +295,7 @@ def fit_prior_privately(
     kept = (values - edge).clamp_min(0).flip(0)[:most]
     kept = kept[kept > 0]
     own = (kept.sqrt()[:, None] * vectors.T.flip(0)[: len(kept)]).float()
-    basis = torch.zeros(len(kept), interaction.columns, interaction.rank + 1)
-    basis[..., -interaction.own_rank - 1 :] = own.view(len(kept), interaction.columns, -1)
+    own = own.view(len(kept), interaction.columns, interaction.own_rank + 1)
+    basis = own.new_zeros(len(kept), interaction.columns, interaction.rank + 1)
+    basis[..., -interaction.own_rank - 1 :] = own
     head.set_basis(basis.flatten(1) if len(kept) else None)

@@ -107,12 +107,12 @@ def _train_privately(bundle: Bundle, data: LabelledData, groups: Sequence[Labell
     users = len(bundle.trained_on)
     scorer, budget = dp.private_scorer(bundle, data.side_names), dp.budget_of(bundle)
     labelled = training_set(bundle, data.rule, scorer, groups)
-    heads = with_times(dp.learn_privately(scorer, labelled, users, budget), bundle.records)
+    fitted = dp.learn_privately(scorer, labelled, users, budget, dp.secret_normals)
     report = {"users": users, "features": scorer.interaction.kind, "head": scorer.head.name}
     return replace(
         bundle,
         scorers={**bundle.scorers, data.name: scorer.eval()},
-        heads={**bundle.heads, data.name: heads},
+        heads={**bundle.heads, data.name: with_times(fitted, bundle.records)},
         report={**bundle.report, data.name: report, "privacy": budget.spent()},
     )
 
