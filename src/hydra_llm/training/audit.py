@@ -76,9 +76,8 @@ def audit(
     seed: int = 0,
     progress: StageProgress = silent,
 ) -> Audit:
-    """The membership test of what users share in one scorer of a bundle.
-
-    `data` is the set that the bundle was learned from, `bases` a multiple of 4.
+    """The membership test of what users share in one scorer of a bundle, which was learned from
+    `data`; `bases` is a multiple of 4.
 
     Raises SettingsError: the bundle has no such scorer, or one that no convex fit learns.
     DataError: the data are other than those, or too few users have labelled records.
@@ -86,9 +85,7 @@ def audit(
     started = perf_counter()
     _check(bundle, data, scorer, bases)
     labelled, groups = _labelled(bundle, data, llm, scorer, progress)
-    own: dict[str, list[LabelledGroup]] = {}
-    for group in groups:
-        own.setdefault(group.user, []).append(group)
+    own = _by_user(groups)
     names, missing = list(own), len(bundle.trained_on) - len(own)
     if len(names) < LEAST_USERS:
         count = f"{len(names)} of {len(bundle.trained_on)} training users have labelled records"
@@ -97,7 +94,7 @@ def audit(
     asked = np.random.default_rng(seed).permutation(len(names))[:users]
     members = draw_members(len(names), bases, seed)
     told = [group for place in asked for group in own[names[place]]]
-    rows = []
+    rows = list[Floats]()
     for done, inside in enumerate(members):
         progress(STAGE, done, bases)
         some = [own[name] for name, is_in in zip(names, inside, strict=True) if is_in]
@@ -108,6 +105,13 @@ def audit(
     found = attacks(np.stack(rows), members[:, asked[order]], seed)
     notes = (f"{missing} training users have no labelled record and were left out",) * bool(missing)
     return Audit(scorer, len(asked), len(names), bases, found, notes, perf_counter() - started)
+
+
+def _by_user(groups: Sequence[LabelledGroup]) -> dict[str, list[LabelledGroup]]:
+    own: dict[str, list[LabelledGroup]] = {}
+    for group in groups:
+        own.setdefault(group.user, []).append(group)
+    return own
 
 
 def _check(bundle: Bundle, data: DataSet, scorer: str, bases: int) -> None:

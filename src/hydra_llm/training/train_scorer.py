@@ -68,12 +68,10 @@ def train_scorer(
     keep: Keep = unkept,
 ) -> Bundle:
     """The bundle with one more scorer; `tune` trains its encoder too; `keep` as in `fit_scorer`."""
-    name, config = data.name, sgd_config(bundle.settings)
-    groups = data.groups(bundle.featurizer)
     if bundle.settings.dp_epsilon is not None:
-        return _train_privately(bundle, data, groups)
-    scorer = blank_scorer(bundle, data, groups)
-    interaction, head = scorer.interaction, scorer.head
+        return _train_privately(bundle, data)
+    name, config, groups = data.name, sgd_config(bundle.settings), data.groups(bundle.featurizer)
+    interaction, head = (scorer := blank_scorer(bundle, data, groups)).interaction, scorer.head
     labelled = training_set(bundle, data.rule, scorer, groups)
     interaction.prepare(labelled.groups)
     report = {"groups": len(labelled), "features": interaction.kind, "head": head.name}
@@ -102,11 +100,11 @@ def train_scorer(
     return replace(bundle, scorers={**bundle.scorers, name: scorer.eval()}, heads=heads, report=own)
 
 
-def _train_privately(bundle: Bundle, data: LabelledData, groups: Sequence[LabelledGroup]) -> Bundle:
+def _train_privately(bundle: Bundle, data: LabelledData) -> Bundle:
     """As `train_scorer` with `dp_epsilon`: of the users the report has their number alone."""
     users = len(bundle.trained_on)
     scorer, budget = dp.private_scorer(bundle, data.side_names), dp.budget_of(bundle)
-    labelled = training_set(bundle, data.rule, scorer, groups)
+    labelled = training_set(bundle, data.rule, scorer, data.groups(bundle.featurizer))
     fitted = dp.learn_privately(scorer, labelled, users, budget, dp.secret_normals)
     report = {"users": users, "features": scorer.interaction.kind, "head": scorer.head.name}
     return replace(
