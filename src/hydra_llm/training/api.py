@@ -76,7 +76,6 @@ async def alearn(
     learned, users = _begun(data, model, settings, progress, warn)
     asked = asked_about(data, settings, learned.users[: settings.labelled_users])
     check_askable(settings, data.task, learned.bundle.records, asked.all)
-    # Differential privacy leaves out what an LLM's labels would calibrate.
     asks = model if settings.dp_epsilon is None else NoLLM()
     work = Work(learned, asks, progress, out, strengths, asked)
     checkpoint = await work.learn_from(users, first)
