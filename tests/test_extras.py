@@ -72,6 +72,7 @@ COMMANDS = {
     "otel": [["serve", "--llm", "fake:echo", "--port", "0", "--set", "traces=otlp"]],
     "embedded": [["llm", "check", "gguf:model.gguf"], ["llm", "check", "smollm2"]],
     "openvino": [["llm", "check", "openvino:model.gguf"]],
+    "privacy": [["learn", "data", "--out", "bundle", "--dp-epsilon", "3"]],
     "ray": [
         ["learn", "data", "--out", "bundle", "--engine", "ray"],
         ["fit", "data", "--bundle", "bundle", "--engine", "ray:127.0.0.1:6379"],

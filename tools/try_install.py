@@ -41,11 +41,12 @@ BRINGS = {  # extra → the others that it holds
     "demo": ["bench", "embedded", "learn", "openai"],
     "learn": ["openai"],
     "onnx": ["device", "learn", "openai"],
+    "privacy": ["learn", "openai"],
     "ray": ["learn", "openai"],
     "report": ["bench", "learn", "openai"],
     "all": [
         *("accelerate", "bench", "demo", "embedded", "learn"),
-        *("mcp", "openai", "otel", "report", "server"),
+        *("mcp", "openai", "otel", "privacy", "report", "server"),
     ],
 }
 

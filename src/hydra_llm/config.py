@@ -248,6 +248,10 @@ class Research(Group):
     """Personal data that the LLM gets as placeholders: email, phone, card, iban, name, or plug-ins,
     with commas. Answers have it again; see docs/privacy.md.
     """
+    dp_epsilon: float | None = Field(default=None, gt=0)
+    """ε of user-level differential privacy of what users share (labels and ratings); None: off."""
+    dp_delta: float | None = Field(default=None, gt=0, lt=1)
+    """δ of it; None is 1 / users^1.1."""
     engine: str = "local"
     """Who labels, encodes and fits heads: local, this process; ray, workers of Ray on this machine
     or of the cluster that it is part of; ray:HOST:PORT, of that cluster. The results are the same.

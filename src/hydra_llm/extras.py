@@ -25,6 +25,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "otel": ("opentelemetry.exporter", "opentelemetry.sdk"),
     "embedded": ("xllamacpp",),
     "openvino": ("openvino_genai",),
+    "privacy": ("dp_accounting",),
     "ray": ("ray",),
     "accelerate": ("accelerate",),
     "device": ("onnxruntime", "tokenizers"),

@@ -37,6 +37,8 @@ def learn(
     data: Annotated[Path | None, Argument(help="A native folder, or LaMP's files.")] = None,
     store: Annotated[str | None, Option(help="Learn from the gateway's database.")] = None,
     task: Annotated[Path | None, Option(help="task.json for --store; default: free text.")] = None,
+    dp_epsilon: Annotated[float | None, Option(help="Differential privacy per user: ε.")] = None,
+    dp_delta: Annotated[float | None, Option(help="δ of it; default: 1 / users^1.1.")] = None,
     limit: opt.Limit = None,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -50,7 +52,8 @@ def learn(
     from hydra_llm.training.api import learn as run
     from hydra_llm.training.train_scorer import sgd_config
 
-    settings = options.settings(users=limit, **vars(selection))
+    privacy = {"dp_epsilon": dp_epsilon, "dp_delta": dp_delta}
+    settings = options.settings(users=limit, **privacy, **vars(selection))
     steps = sgd_config(settings).epochs > 0
     with ranks.leading(settings.engine, steps=steps, say=console.say):
         if data is not None and store is None:
@@ -136,6 +139,8 @@ def _print_learned(learned: "Learned", folder: Path, as_json: bool) -> None:
         "seconds": {stage: round(seconds, 3) for stage, seconds in learned.seconds.items()},
         **({"seconds_of_the_solver": solved} if solved else {}),
     }
+    if privacy := learned.bundle.report.get("privacy"):
+        summary["privacy"] = privacy
     if as_json:
         summary["report"] = learned.bundle.report
         summary |= {"failures": learned.failures, "notes": learned.notes}

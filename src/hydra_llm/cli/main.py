@@ -37,6 +37,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": ("hydra_llm.cli.demo:demo", "Personalize a real LLM for real users, offline."),
     "learn": ("hydra_llm.cli.learn:learn", "Learn a bundle: shared weights and heads."),
     "fit": ("hydra_llm.cli.learn:fit", "Fit heads of new users in a learned bundle."),
+    "audit": ("hydra_llm.cli.audit:audit", "Test whether a bundle tells who was in it."),
     "ask": ("hydra_llm.cli.learn:ask", "Answer one question for one user."),
     "bench": ("hydra_llm.cli.bench:app", "Compare methods on the same users and queries."),
     "data": ("hydra_llm.cli.data:app", "Import, check and download data sets."),

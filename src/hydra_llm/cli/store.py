@@ -102,8 +102,17 @@ def use(
 
 
 @bundles.command()
-def show(store: StoreURL = DEFAULT_STORE, as_json: AsJson = False) -> None:
-    """Show the bundle that was set for the servers of a store."""
+def show(
+    folder: Annotated[Path | None, Argument(help="A bundle, to show what it is.")] = None,
+    store: StoreURL = DEFAULT_STORE,
+    as_json: AsJson = False,
+) -> None:
+    """Show the bundle that was set for the servers of a store; or what one is, with the ε and δ of
+    its differential privacy.
+    """
+    if folder is not None:
+        console.emit(_described(folder), as_json)
+        return
     with open_store(store) as opened:
         bundle = opened.bundle()
     if bundle is None and not as_json:
@@ -131,6 +140,20 @@ def export(
     if user is not None:
         console.say(f"{out / 'user.json'} holds records of '{user}'")
     console.emit(written if as_json else written["files"], as_json)
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    from hydra_llm.model.persistence import read_config
+
+    config = read_config(folder)
+    scorers = {name: own["head"] for name, own in config["scorers"].items()}
+    return {
+        "bundle": str(folder),
+        "task": config["task"]["name"],
+        "training_users": len(config["trained_on"]),
+        **{f"{name}_head": head for name, head in scorers.items()},
+        "privacy": config["report"].get("privacy", "none"),
+    }
 
 
 @maintenance.command()

@@ -32,6 +32,7 @@ from hydra_llm.plugins import HEADS
 from hydra_llm.rows import LATEST
 from hydra_llm.side_features import fit_stats, texts_of_stats
 from hydra_llm.tasks.base import Task
+from hydra_llm.training import dp
 from hydra_llm.training.encode import STAGE, encode_ahead, encode_histories
 from hydra_llm.training.labelling import asked_about
 from hydra_llm.training.learned import Learned
@@ -75,7 +76,8 @@ async def alearn(
     learned, users = _begun(data, model, settings, progress, warn)
     asked = asked_about(data, settings, learned.users[: settings.labelled_users])
     check_askable(settings, data.task, learned.bundle.records, asked.all)
-    work = Work(learned, model, progress, out, strengths, asked)
+    asks = model if settings.dp_epsilon is None else NoLLM()
+    work = Work(learned, asks, progress, out, strengths, asked)
     checkpoint = await work.learn_from(users, first)
     learned.bundle.features.progress = None
     counts = {"users": len(users), "calls": learned.usage.calls, "cached": learned.usage.cached}
@@ -105,7 +107,7 @@ def _begun(
         warn(f"data {doubt.severity}: {doubt}")
     base = sampled_users(users, settings)
     blank = blank_bundle(data.task, llm, settings, records, progress, base)
-    blank = replace(blank, trained_on=tuple(base))
+    blank = dp.begun(replace(blank, trained_on=tuple(base)))
     weak = settings.reranker_labels == "history" and settings.learns_reranker
     every = list(chain.from_iterable(records[user] for user in base))
     encode_histories(blank, every, progress, ranks=weak and not is_none(llm))
@@ -226,6 +228,7 @@ def _opened(
         fault = "each round fits the scorer anew, which needs a convex head and a frozen encoder"
         raise SettingsError(f"labelling=adaptive: {fault}; take labelling=all")
     data = dataset if isinstance(dataset, DataSet) else load(dataset)
+    dp.check(chosen, data.task)
     model = open_llm(llm, chosen) if isinstance(llm, str) else llm
     return chosen, data, model
 

@@ -32,6 +32,8 @@ LEAST_DROPPED = 20  # held-out records below the floor, else none is dropped
 
 def fit_gate(bundle: Bundle) -> tuple[GateWeights | None, dict[str, Any]]:
     """The gate of a bundle whose scorers are learned, and its report; None with too few inputs."""
+    if bundle.settings.dp_epsilon is not None:
+        return None, {"skipped": "it would be learned without differential privacy"}
     inputs = _distinct_inputs(bundle)
     if len(inputs) < LEAST_INPUTS:
         reason = f"{len(inputs)} distinct training inputs, at least {LEAST_INPUTS} are needed"

@@ -20,6 +20,7 @@ from hydra_llm.plugins import HEADS
 from hydra_llm.side_features import Featurizer, fit_stats
 from hydra_llm.tasks.base import Task
 from hydra_llm.tasks.classification import LabelKind
+from hydra_llm.training import dp
 from hydra_llm.training.convex import UserHeads, fit_heads
 from hydra_llm.training.dataset import (
     LabelledGroup,
@@ -67,10 +68,10 @@ def train_scorer(
     keep: Keep = unkept,
 ) -> Bundle:
     """The bundle with one more scorer; `tune` trains its encoder too; `keep` as in `fit_scorer`."""
-    name, config = data.name, sgd_config(bundle.settings)
-    groups = data.groups(bundle.featurizer)
-    scorer = _blank_scorer(bundle, data, groups)
-    interaction, head = scorer.interaction, scorer.head
+    if bundle.settings.dp_epsilon is not None:
+        return _train_privately(bundle, data)
+    name, config, groups = data.name, sgd_config(bundle.settings), data.groups(bundle.featurizer)
+    interaction, head = (scorer := blank_scorer(bundle, data, groups)).interaction, scorer.head
     labelled = training_set(bundle, data.rule, scorer, groups)
     interaction.prepare(labelled.groups)
     report = {"groups": len(labelled), "features": interaction.kind, "head": head.name}
@@ -99,6 +100,21 @@ def train_scorer(
     return replace(bundle, scorers={**bundle.scorers, name: scorer.eval()}, heads=heads, report=own)
 
 
+def _train_privately(bundle: Bundle, data: LabelledData) -> Bundle:
+    """As `train_scorer` with `dp_epsilon`: of the users the report has their number alone."""
+    users = len(bundle.trained_on)
+    scorer, budget = dp.private_scorer(bundle, data.side_names), dp.budget_of(bundle)
+    labelled = training_set(bundle, data.rule, scorer, data.groups(bundle.featurizer))
+    fitted = dp.learn_privately(scorer, labelled, users, budget, dp.secret_normals)
+    report = {"users": users, "features": scorer.interaction.kind, "head": scorer.head.name}
+    return replace(
+        bundle,
+        scorers={**bundle.scorers, data.name: scorer.eval()},
+        heads={**bundle.heads, data.name: with_times(fitted, bundle.records)},
+        report={**bundle.report, data.name: report, "privacy": budget.spent()},
+    )
+
+
 def refitted_losses(
     bundle: Bundle,
     data: LabelledData,
@@ -109,7 +125,7 @@ def refitted_losses(
     those `used` (user and query) of other users.
     """
     groups = in_set_order(data.groups(bundle.featurizer))
-    scorer = _blank_scorer(bundle, data, groups)
+    scorer = blank_scorer(bundle, data, groups)
     labelled = training_set(bundle, data.rule, scorer, groups)
     scorer.interaction.prepare(labelled.groups)
     some = torch.tensor([(group.user, group.query) in used for group in groups])
@@ -117,7 +133,8 @@ def refitted_losses(
     return cross_fitted_losses(scorer, labelled, some, seed=seed, tried=strengths)
 
 
-def _blank_scorer(bundle: Bundle, data: LabelledData, groups: Sequence[LabelledGroup]) -> Scorer:
+def blank_scorer(bundle: Bundle, data: LabelledData, groups: Sequence[LabelledGroup]) -> Scorer:
+    """A scorer that has learned nothing, with the features that these groups ask for."""
     settings = bundle.settings
     with seeded(settings.training_seed):
         interaction = make_features(bundle, groups, by_label=data.by_label)
