@@ -44,6 +44,7 @@ NEEDED: Mapping[str, Any] = {
         "GET /v1/users/ada/export": None,
         "GET /v1/users/ada/records": None,
         "GET /v1/users/ada/requests": None,
+        "GET /v1/users/ada/next-question": None,
         "POST /v1/users/ada/search": {"query": "whales"},
         "GET /v1/responses/resp_x": None,
         "GET /v1/responses/resp_x/input_items": None,

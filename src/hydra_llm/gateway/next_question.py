@@ -8,8 +8,9 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request
 
 from hydra_llm.errors import DataError, SettingsError
+from hydra_llm.gateway.audit import allow
 from hydra_llm.gateway.schemas import ApiError
-from hydra_llm.gateway.user_routes import User, gateway_for
+from hydra_llm.gateway.user_routes import User
 
 MOST = 500  # texts of a pool
 router = APIRouter(prefix="/v1", tags=["users"])
@@ -38,7 +39,7 @@ async def next_question(
     the user, in order; `worth` is by how much an answer lowers the expected log-loss, in nats. An
     answer counts once it is a record of the user. A user without records may be asked too.
     """
-    gateway = gateway_for(http, user)
+    gateway = allow(http, user, "read", "question")
     deployment, pool = gateway.deployment, http.app.state.question_pool
     bundle = deployment.bundle
     if bundle is None:
