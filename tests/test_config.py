@@ -130,7 +130,7 @@ def another(name: str) -> str | int | float:
         known = {"head": "kernel", "retriever": "hybrid", "candidate_prompts": "zero-shot"}
         known |= {"engine": "ray", "discount": "auto", "mask": "email"}
         return known.get(name, "x")
-    return 0.25 if isinstance(default, float) else "100"
+    return 0.25 if isinstance(default, float) or float in choices else "100"
 
 
 @pytest.mark.parametrize("name", GROUP_OF)

@@ -5,7 +5,6 @@ the flat, frozen `Settings` (`settings.k`). API keys are not settings: the OpenA
 """
 
 import re
-import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +18,6 @@ from hydra_llm.plugins import DETECTORS, HEADS, RETRIEVERS, Registry, read_promp
 from hydra_llm.presets import PRESETS
 from hydra_llm.setting_names import Names
 
-SETTINGS_FILE = "hydra-llm.toml"
 SERVE_TABLE = "serve"  # the gateway's table in that file (gateway/settings.py)
 
 
@@ -377,7 +375,7 @@ def _sources(preset: str | None, file: Path | None) -> dict[str, Any]:
     if preset is not None and preset not in PRESETS:
         near = did_you_mean(preset, PRESETS)
         raise SettingsError(f"unknown preset '{preset}'{near}: take one of {', '.join(PRESETS)}")
-    table = settings_file(file)
+    table = env.settings_file(file)
     table.pop(SERVE_TABLE, None)
     named = dict(PRESETS[preset or "default"])
     return NAMES.flat(table, hint=True) | environment(VARIABLES) | named
@@ -395,18 +393,3 @@ def environment(variables: Mapping[str, str]) -> dict[str, Any]:
     """The values of those of these variables that are set and not empty, by setting."""
     given = env.variables()
     return {name: given[variable] for variable, name in variables.items() if variable in given}
-
-
-def settings_file(file: Path | None) -> dict[str, Any]:
-    """The settings file, by default the one of this folder; empty if there is none.
-    SettingsError: the named file does not exist, or the file is not TOML.
-    """
-    path = file or Path(SETTINGS_FILE)
-    if file is None and not path.is_file():
-        return {}
-    if not path.is_file():
-        raise SettingsError(f"{file}: no such settings file")
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise SettingsError(f"{path}: not TOML: {error}") from None

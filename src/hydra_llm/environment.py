@@ -1,17 +1,22 @@
-"""What surrounds the process: environment variables, the home folder, proxies, standard streams."""
+"""What surrounds the process: environment variables, the settings file, the home folder, proxies,
+standard streams.
+"""
 
 import io
 import logging
 import os
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from hydra_llm.errors import SettingsError
 
+SETTINGS_FILE = "hydra-llm.toml"
 OWN = ("HYDRA_", "OPENAI_")
 # Kubernetes sets NAME_PORT=tcp://ADDRESS in every pod beside a service of that name.
 SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")
@@ -34,6 +39,21 @@ def variables() -> dict[str, str]:
         for name, value in own
         if value.strip() and name.startswith(OWN) and not SERVICE_LINK.match(value.strip())
     }
+
+
+def settings_file(file: Path | None) -> dict[str, Any]:
+    """The settings file, by default the one of this folder; empty if there is none.
+    SettingsError: the named file does not exist, or the file is not TOML.
+    """
+    path = file or Path(SETTINGS_FILE)
+    if file is None and not path.is_file():
+        return {}
+    if not path.is_file():
+        raise SettingsError(f"{file}: no such settings file")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise SettingsError(f"{path}: not TOML: {error}") from None
 
 
 def clean_variables() -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 from typer import Option
 
 from hydra_llm.cli import console
-from hydra_llm.config import SETTINGS_FILE
+from hydra_llm.environment import SETTINGS_FILE
 from hydra_llm.errors import SettingsError
 
 # Each line that is commented out is the default. tests/cli/test_init.py checks every name.

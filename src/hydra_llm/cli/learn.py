@@ -13,6 +13,7 @@ from hydra_llm import ranks
 from hydra_llm.cli import console
 from hydra_llm.cli import options as opt
 from hydra_llm.errors import SettingsError
+from hydra_llm.extras import require
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.none import NONE
 from hydra_llm.llm.registry import bare_llm, check_spec, open_llm, wrap
@@ -49,6 +50,8 @@ def learn(
     if ranks.follows():
         return
     check_spec(llm)
+    if dp_epsilon is not None:
+        require("privacy", "--dp-epsilon")
     from hydra_llm.training.api import learn as run
     from hydra_llm.training.train_scorer import sgd_config
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from hydra_llm import config
+from hydra_llm import config, environment
 from hydra_llm.config import SERVE_TABLE
 from hydra_llm.errors import SettingsError
 from hydra_llm.plugins import RETRIEVERS
@@ -268,9 +268,9 @@ def load_serve_settings(file: Path | None = None, **given: Any) -> ServeSettings
     """The gateway's settings. `given` are flags; entries that are None count as not given. Raises
     SettingsError: an unknown setting, a value out of range, or a file that is not TOML.
     """
-    table = config.settings_file(file).get(SERVE_TABLE, {})
+    table = environment.settings_file(file).get(SERVE_TABLE, {})
     if not isinstance(table, dict):
-        raise SettingsError(f"{file or config.SETTINGS_FILE}: '{SERVE_TABLE}' must be a table")
+        raise SettingsError(f"{file or environment.SETTINGS_FILE}: '{SERVE_TABLE}' must be a table")
     in_file = NAMES.flat({SERVE_TABLE: table}, hint=True)
     flags = NAMES.flat({SERVE_TABLE: given})
     return ServeSettings.checked(in_file | config.environment(VARIABLES) | flags)

@@ -128,15 +128,13 @@ async def afit(
 ) -> Learned:
     """Fit the heads of new users on their histories; with a bundle's path, write the bundle back.
 
-    `users` defaults to the data set's new users (split `test`). Heads of users who have one are
-    fitted anew. A user without records gets the shared head.
-    `kept`: that of an earlier result, or an empty dict: where a history has only grown at its end,
-    just the new records are labelled and encoded. `changed`, beside it: how many of a user's
-    records came before a change of taste; these count a tenth. With `private` the LLM is not asked.
-
-    Raises SettingsError: `settings` change what was fixed in learning; `Bundle.settings_with` makes
-    some that do not. UnknownUser: a user whom the data set does not have. DataError: the data set
-    is of another task than the bundle.
+    `users` defaults to the new users (split `test`). Heads of users who have one are fitted anew;
+    a user without records gets the shared head. `kept`: that of an earlier result, or an empty
+    dict: where a history has only grown at its end, just the new records are labelled and encoded.
+    `changed`: how many of a user's records came before a change of taste; these count a tenth. With
+    `private` the LLM is not asked. Raises SettingsError: `settings` change what was fixed in
+    learning; `Bundle.settings_with` makes some that do not. UnknownUser: a user whom the data set
+    does not have. DataError: the data set is of another task than the bundle.
     """
     given = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     if settings is not None:
