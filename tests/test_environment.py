@@ -174,7 +174,7 @@ def test_messages_name_options_that_there_are() -> None:
     of_pip |= {"--retries", "--quiet", "--disable-pip-version-check", "--only-binary"}
     of_others = of_pip | {"--always", "--dirty", "--abbrev", "--exclude"}  # git describe
     of_others |= {"--head", "--address"}  # ray start
-    of_others |= {"--multi"}  # of accelerate launch: --multi_gpu
+    of_others |= {"--multi", "--num"}  # accelerate launch --multi_gpu --num_processes
     folder = Path(hydra_llm.__file__).parent
     for file in folder.rglob("*.py"):
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", file.read_text("utf-8")))
