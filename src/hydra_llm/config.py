@@ -179,9 +179,9 @@ class Research(Group):
     """Training users, by lot, from whom all that is shared is learned; others get heads alone."""
     max_length: int = Field(default=256, ge=8)
     """Max tokens per encoded text; longer texts are truncated."""
-    encoder_precision: Literal["auto", "fp32", "bf16"] = "auto"
+    encoder_precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     """Numbers that the encoder computes with; auto: as the bundle was learned, fp32 for a new one.
-    `ask`, `serve` and `bench run --bundle` may take another one; `fit` may not.
+    `ask`, `serve` and `bench run --bundle` may take another one; `fit` may not, nor `learn` int8.
     """
     features: Literal["tower", "cross"] = "tower"
     """tower: bi-encoder, texts encoded alone; cross: cross-encoder on pairs, as in the paper."""

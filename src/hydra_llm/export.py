@@ -11,7 +11,6 @@ from hydra_llm.extras import require
 
 require("onnx", "an export to ONNX")
 
-import copy
 import hashlib
 import logging
 import tempfile
@@ -46,6 +45,7 @@ from hydra_llm.errors import BundleError, UnknownUser
 from hydra_llm.model.encoder import Encoder
 from hydra_llm.model.groups import Groups
 from hydra_llm.model.interactions import LabelBilinear
+from hydra_llm.model.onnx_encoder import FLOATS, trace
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.text import json_text
 from hydra_llm.types import ALWAYS
@@ -188,39 +188,13 @@ def _write(path: Path, text: str) -> None:
 # ---- graphs
 
 
-class _Pooled(nn.Module):
-    """The encoder with its pooling: ids and mask [1, L] → [1, D]."""
-
-    def __init__(self, encoder: Encoder):
-        super().__init__()
-        self.model = copy.deepcopy(encoder.model).float().eval()
-        self.pooling = encoder.pooling
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-    ) -> Tensor:
-        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, **types}
-        tokens: Tensor = self.model(**given).last_hidden_state
-        if self.pooling == "cls":
-            return tokens[:, 0]
-        weight = attention_mask.unsqueeze(-1).to(tokens.dtype)
-        return (tokens * weight).sum(1) / weight.sum(1)
-
-
 def write_encoder(encoder: Encoder, path: Path) -> None:
     """The encoder in int8; BundleError if its model cannot be traced."""
-    ids = torch.tensor([encoder._tokenize([PROBE[0]])[0].ids])
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if encoder._has_types:
-        inputs["token_type_ids"] = torch.zeros_like(ids)
-    tokens = torch.export.Dim("tokens", min=2, max=encoder.max_length)
-    shapes = {name: {1: tokens} for name in inputs}
     with tempfile.TemporaryDirectory() as place, _reported(f"encoder '{encoder.name}'"):
         whole = Path(place) / ENCODER
-        _trace(_Pooled(encoder).eval(), inputs, shapes, "vectors", whole)
+        trace(encoder, whole)
         options = {"weight_type": QuantType.QInt8, "per_channel": True, "reduce_range": True}
-        quantize_dynamic(whole, path, **options)
+        quantize_dynamic(whole, path, **options, extra_options=FLOATS)
 
 
 class _Scoring(nn.Module):

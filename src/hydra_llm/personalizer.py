@@ -8,6 +8,7 @@ from hydra_llm.bundle import Bundle
 from hydra_llm.config import load_settings
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.registry import open_llm
+from hydra_llm.model.onnx_encoder import use_onnx
 from hydra_llm.pipeline import UserPipeline
 from hydra_llm.reasons import Reasons, Refit, why
 from hydra_llm.types import Answer
@@ -27,6 +28,8 @@ class Personalizer(UserPipeline):
         """
         here = load_settings(None, None, **settings)
         loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle, here=here)
+        if loaded is not bundle:
+            use_onnx(loaded.features)
         chosen = loaded.settings_with(**settings)
         opened = open_llm(llm, chosen) if isinstance(llm, str) else llm
         return cls.of(loaded.pipeline(chosen), opened, loaded.records, loaded.heads)

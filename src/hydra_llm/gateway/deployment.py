@@ -194,8 +194,10 @@ def open_deployment(
         return _without_bundle(store, reads, chosen, settings)
     require("learn", f"the bundle {folder} (reranker and adapter)")
     from hydra_llm.bundle import Bundle
+    from hydra_llm.model.onnx_encoder import use_onnx
 
     loaded = Bundle.load(folder, here=here)
+    use_onnx(loaded.features)
     overrides["encoder_precision"] = here.encoder_precision  # also of the bundle after this one
     chosen = loaded.settings.model_copy(update=overrides)
     # The bundle's own users are the store's like any others: the store's records and heads count.
@@ -245,8 +247,10 @@ def open_features(settings: Settings, what: str = "") -> FeatureCache:
     """
     require("learn", what or f"the retriever '{settings.retriever}'")
     from hydra_llm.model.encoder import open_encoder
+    from hydra_llm.model.onnx_encoder import use_onnx
 
     encoder = open_encoder(settings.encoder, **settings.of_encoder)
     features = FeatureCache(encoder, settings.cache / "features.sqlite")
     features.keep = False  # as a bundle's
+    use_onnx(features)
     return features

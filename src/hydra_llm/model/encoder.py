@@ -11,10 +11,10 @@ require("learn", "an encoder")
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from hydra_llm.data_wheels import data_file
 from hydra_llm.errors import SettingsError
 from hydra_llm.model.precision import Precision, in_precision
 
+if TYPE_CHECKING:
+    from hydra_llm.model.onnx_encoder import Graph
+
 Pooling = Literal["mean", "cls"]
 Progress = Callable[[int, int], None]
 log = logging.getLogger(__name__)
@@ -32,6 +35,7 @@ log = logging.getLogger(__name__)
 HUB_TIMEOUT = 10.0  # seconds for the question whether the hub is there
 TOKENIZED_AT_ONCE = 1024  # texts in memory as tokens; among them, those of like length are batched
 CHARACTERS_PER_TOKEN = 100  # at most: a longer word is one unknown token
+GRAPH_TOKENS = 96  # the longest text for which ONNX Runtime is the faster one in fp32
 REPORTED_FROM = 256  # fewer texts are encoded without a report of progress
 # Tokenizers that give the same tokens of these texts are the same, whatever wrote their files.
 PROBE = ["", "The Café, 12.5% of 北京's 🙂 naïve\tTEXT\x00!", ("left Side", "right side\n")]
@@ -42,6 +46,7 @@ class Encoder(torch.nn.Module):
     """A transformer, its tokenizer and its pooling. Thread-safe, except in training mode."""
 
     precision: Precision = "fp32"
+    graph: "Graph | None" = None  # by which `encode` and `encode_pairs` run, instead of torch
 
     def __init__(self, model: Any, tokenizer: Any, name: str, pooling: Pooling, max_length: int):
         super().__init__()
@@ -74,7 +79,8 @@ class Encoder(torch.nn.Module):
         # grows with every step of an optimizer and every load
         version = sum(tensor._version for tensor in self._tensors)
         if self._digest is None or self._digest[0] != version:
-            hasher = hashlib.sha256(json.dumps([self.pooling, self.max_length]).encode())
+            made = [self.pooling, self.max_length, *["int8"] * (self.precision == "int8")]
+            hasher = hashlib.sha256(json.dumps(made).encode())
             tokens = [encoding.ids for encoding in self._backend.encode_batch(PROBE)]
             hasher.update(json.dumps([sorted(self._backend.get_vocab().items()), tokens]).encode())
             for name, tensor in sorted(self.model.state_dict().items()):
@@ -110,18 +116,31 @@ class Encoder(torch.nn.Module):
 
     def forward_pairs(self, left: Sequence[str], right: Sequence[str]) -> Tensor:
         """As `encode_pairs`, in one batch, with gradients and (in training mode) dropout."""
-        return self._forward(
-            self._tokenize(list(zip(self._clean(left), self._clean(right), strict=True)))
-        )
+        pairs = list(zip(self._clean(left), self._clean(right), strict=True))
+        if not pairs:
+            return torch.empty(0, self.width)
+        return self.pooled(self._inputs(self._tokenize(pairs)))
 
     def at(self, precision: Precision) -> "Encoder":
         """The same weights, which are of fp32, in another precision; its features are others."""
         if precision in (self.precision, "fp32"):
             return self
-        model = in_precision(self.model, precision)
-        other = Encoder(model, self.tokenizer, self.name, self.pooling, self.max_length)
+        other = self.of(in_precision(self.model, precision))
         other.precision = precision
-        return other.eval()
+        return other
+
+    def by_graph(self, graph: "Graph | None") -> "Encoder":
+        """The same encoder, by ONNX Runtime; by torch if it is None."""
+        other = self.of(self.model)
+        other.precision, other.graph = self.precision, graph
+        return other
+
+    def of(self, model: Any) -> "Encoder":
+        """This tokenizer and pooling, with another model."""
+        return Encoder(model, self.tokenizer, self.name, self.pooling, self.max_length).eval()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "graph": None}  # another process opens its own
 
     def save(self, folder: Path) -> None:
         """Write model and tokenizer so that `open_encoder(str(folder))` gives the same digest."""
@@ -140,7 +159,7 @@ class Encoder(torch.nn.Module):
                 by_length = sorted(range(len(encodings)), key=lambda i: len(encodings[i].ids))
                 for first in range(0, len(by_length), batch):
                     group = by_length[first : first + batch]
-                    vectors = self._forward([encodings[i] for i in group])
+                    vectors = self._run(self._inputs([encodings[i] for i in group]))
                     rows[[start + i for i in group]] = vectors.float().cpu()
                     if progress is not None and len(texts) > REPORTED_FROM:
                         progress(start + min(first + batch, len(by_length)), len(texts))
@@ -167,10 +186,11 @@ class Encoder(torch.nn.Module):
             log.warning(text, count, self.max_length)
         return encodings
 
-    def _forward(self, encodings: Sequence[Any]) -> Tensor:
-        """Run the model on B tokenized texts and pool its token vectors [B, L, H] to [B, H]."""
-        if not encodings:
-            return torch.empty(0, self.width)
+    def padded(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """The model's inputs [B, L] by name."""
+        return self._inputs(self._tokenize(texts))
+
+    def _inputs(self, encodings: Sequence[Any]) -> dict[str, Tensor]:
         ids = self._pad([encoding.ids for encoding in encodings], self.tokenizer.pad_token_id)
         mask = self._pad([encoding.attention_mask for encoding in encodings], 0)
         inputs = {"input_ids": ids, "attention_mask": mask}
@@ -180,10 +200,23 @@ class Encoder(torch.nn.Module):
             # the first token must see the whole text, else a window is all that it knows
             inputs["global_attention_mask"] = torch.zeros_like(mask)
             inputs["global_attention_mask"][:, 0] = 1
+        return inputs
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Without gradients, by whatever is to run it."""
+        if self.precision == "int8" and self.graph is None:
+            from hydra_llm.model.onnx_encoder import graph_of
+
+            self.graph = graph_of(self)
+        short = self.precision == "int8" or inputs["input_ids"].shape[1] <= GRAPH_TOKENS
+        return self.graph(inputs) if self.graph and short else self.pooled(inputs)
+
+    def pooled(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Run the model on B padded texts and pool its token vectors [B, L, H] to [B, H]."""
         tokens: Tensor = self.model(**inputs).last_hidden_state.float()
         if self.pooling == "cls":
             return tokens[:, 0]
-        weight = mask.unsqueeze(-1).to(tokens.dtype)
+        weight = inputs["attention_mask"].unsqueeze(-1).to(tokens.dtype)
         return (tokens * weight).sum(1) / weight.sum(1)
 
     def _pad(self, rows: list[list[int]], value: int) -> Tensor:

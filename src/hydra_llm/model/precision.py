@@ -1,4 +1,4 @@
-"""An encoder with its weights in bfloat16 (why not int8: docs/method.md).
+"""An encoder with its weights in bfloat16, or by a graph of int8 (onnx_encoder.py).
 
 Features of two precisions are not the same features: the encoder's digest differs, so no cache
 mixes them, and a bundle names the one that it was learned with.
@@ -13,13 +13,19 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-Precision = Literal["fp32", "bf16"]
+from hydra_llm.extras import require
+
+Precision = Literal["fp32", "bf16", "int8"]
 log = logging.getLogger(__name__)
 
 
 def in_precision(model: nn.Module, precision: Precision) -> nn.Module:
-    """The model, or a copy in bfloat16."""
-    if precision == "fp32":
+    """The model, or a copy in bfloat16; int8 is of the graph alone. MissingExtra where int8 is not
+    installed.
+    """
+    if precision == "int8":
+        require("onnx", "encoder_precision=int8")
+    if precision != "bf16":
         return model
     if not has_fast_bf16():
         log.warning("this processor has no matrix instructions of bfloat16: fp32 is faster")

@@ -188,6 +188,9 @@ def blank_bundle(
     """A bundle that has learned nothing: all that prompts need. `base` are the users whose
     statistics count, by default all.
     """
+    if settings.encoder_precision == "int8":
+        fix = "learn with fp32, and give int8 to what answers"
+        raise SettingsError(f"setting 'encoder_precision': nothing is learned with int8: {fix}")
     encoder = open_encoder(settings.encoder, **settings.of_encoder)
     store = FeatureCache(encoder, settings.cache / "features.sqlite")
     store.progress = partial(progress, STAGE)
