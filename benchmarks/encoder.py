@@ -1,17 +1,19 @@
-"""The encoder in fp32 and bfloat16: sequences a second, and what becomes of scores and picks.
+"""The encoder in fp32, bfloat16 and int8: sequences a second, and what becomes of scores and picks.
 
     python benchmarks/encoder.py DATA --bundles FOLDER --replays FOLDER [--parts speed,scores,picks]
 
-speed    one batch of real texts (movie_rating, joined and cut) of 64, 128 and 256 tokens, in turn;
-         by processor time of one thread. Beside them torch's own dynamic quantization (one scale
-         for all tokens of a batch) and, where it is installed, OpenVINO.
+speed    one batch of real texts (movie_rating, joined and cut) of 16 to 256 tokens, in turn; by
+         processor time of one thread. Beside them ONNX Runtime (fp32, and int8 as it is served),
+         torch's own dynamic quantization (one scale for all tokens of a batch) and, where it is
+         installed, OpenVINO.
 scores   bundles FOLDER/NAME of DATA/NAME, learned and fitted in fp32, opened in each precision:
          Spearman's correlation of all scores of their test users' queries with those of fp32
          (reranker: the retrieved records; adapter: every label, or the latest answers of the user's
          where answers are texts), the share of queries with the same pick, the gain of the picks
          and its paired difference to fp32, and the least cosine of a query's vectors. `bf16,
          batches` has each text encoded beside 31 others, as a busy server may: what differs from
-         `bf16` differs between two servers of one precision.
+         `bf16` differs between two servers of one precision; likewise of int8, which bundles that
+         know texts by their vectors refuse.
 picks    the committed benchmark, learned, fitted and answered in each precision.
 
 FOLDER/PRECISION has what `HYDRA_ENCODER_PRECISION=PRECISION python benchmarks/replay.py DATA --only
@@ -42,13 +44,15 @@ from hydra_llm.bench.stats import paired
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import load_settings
 from hydra_llm.datasets.native import load
+from hydra_llm.errors import SettingsError
 from hydra_llm.history import before
 from hydra_llm.model.encoder import Encoder, open_encoder
+from hydra_llm.model.onnx_encoder import graph_of
 from hydra_llm.select import all_labels
 from hydra_llm.types import Candidate, Query
 
 PRECISIONS = ("fp32", "bf16")
-LENGTHS = (64, 128, 256)
+LENGTHS = (16, 64, 128, 256)
 LEAST = 0.98
 QUERIES, ANSWERS = 5, 8  # of a user, in `scores`
 RESULTS = Path(__file__).with_name("results")
@@ -63,6 +67,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--sets", nargs="*", help="of the bundles; default: all")
     parser.add_argument("--users", type=int, help="new users of a bundle; default: all")
+    parser.add_argument("--precisions", nargs="*", default=list(SERVED), help="of the part scores")
     parser.add_argument("--parts", default="speed,scores,picks")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -74,7 +79,7 @@ def main() -> None:
             row
             for place in sorted(args.bundles.iterdir())
             if not args.sets or place.name in args.sets
-            for row in compare_scores(place, args.data / place.name, args.users)
+            for row in compare_scores(place, args.data / place.name, args.users, args.precisions)
         ],
         "picks": lambda: [row for name in names for row in compare_picks(name, args.replays)],
     }
@@ -107,6 +112,11 @@ def measure_speed(data: Path, runs: int, batch: int) -> list[Row]:
         encoders["torch dynamic int8"] = dynamic(plain)
         for name, encoder in encoders.items():
             jobs[name] = lambda own=encoder: own.encode(texts, batch=batch)  # type: ignore[misc]
+        for own in (plain, plain.at("int8")):
+            graph = graph_of(own)
+            assert graph is not None
+            name = f"ONNX Runtime {own.precision}"
+            jobs[name] = lambda own=own, graph=graph: graph(own.padded(texts))  # type: ignore[misc]
         jobs |= openvino_jobs(plain, texts)
         for name, times in cpu_in_turn(jobs, runs).items():
             cuts = [batch / own for own in statistics.quantiles(times, n=4, method="inclusive")]
@@ -154,8 +164,10 @@ def cpu_in_turn(jobs: dict[str, Callable[[], object]], runs: int) -> dict[str, l
 
 # ---- scores
 
-SERVED = {"fp32": 1, "bf16": 1, "bf16, batches": 32}
+SERVED = {"fp32": 1, "bf16": 1, "bf16, batches": 32, "int8": 1, "int8, batches": 32}
 """Precision → texts that are encoded at once."""
+OTHER = {"bf16": "fp32", "bf16, batches": "bf16", "int8": "fp32", "int8, batches": "int8"}
+"""Precision → the one that it is compared with."""
 
 
 @dataclass
@@ -167,15 +179,20 @@ class Scored:
     gains: list[float] = field(default_factory=list)
 
 
-def compare_scores(place: Path, data: Path, users: int | None) -> list[Row]:
+def compare_scores(place: Path, data: Path, users: int | None, wanted: list[str]) -> list[Row]:
     """Rows of a bundle's scorers and precisions."""
     dataset = load(data)
     found: dict[str, dict[str, Scored]] = {}
     vectors: dict[str, np.ndarray] = {}
     for name, batch in SERVED.items():
+        if name not in ("fp32", *wanted):
+            continue
         with tempfile.TemporaryDirectory() as cache:
             here = load_settings(encoder_precision=name.partition(",")[0], cache=Path(cache))
-            bundle = Bundle.load(place, here=here)
+            try:
+                bundle = Bundle.load(place, here=here)
+            except SettingsError:  # it refuses int8
+                continue
             new = [user for user in bundle.records if user not in bundle.trained_on][:users]
             queries = [query for user in new for query in dataset.queries(user)[:QUERIES]]
             texts = [query.input for query in queries] if batch > 1 else []
@@ -195,7 +212,8 @@ def compare_scores(place: Path, data: Path, users: int | None) -> list[Row]:
             "least_cosine": float((vectors[other] * vectors[name]).sum(1).min()),
         }
         for scorer in found["fp32"]
-        for name, other in (("bf16", "fp32"), ("bf16, batches", "bf16"))
+        for name, other in OTHER.items()
+        if name in found and other in found
     ]
 
 

@@ -302,7 +302,7 @@ def test_every_module_says_what_it_needs() -> None:
     done = subprocess.run([sys.executable, "-c", WALK, missing], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     inner = ("bundle_users", "forgetting", "groups", "interactions", "laplace", "newton")
-    inner += ("persistence", "precision", "questions", "scorer", "upgrade")
+    inner += ("onnx_encoder", "persistence", "precision", "questions", "scorer", "upgrade")
     assert {*done.stdout.split()} <= {f"hydra_llm.model.{name}" for name in inner}
 
 

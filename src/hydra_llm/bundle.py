@@ -259,12 +259,10 @@ class Bundle:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             fault = "config.json and the weights do not fit together"
             raise BundleError(f"{folder}: {fault} ({type(error).__name__}: {error})") from None
-        for scorer in bundle.scorers.values():
-            scorer.interaction.rounded = "bf16" in (encoder.precision, bundle.precision)
-            if (
-                encoder.precision == "int8"
-                and getattr(scorer.interaction, "known", None) is not None
-            ):
+        for interaction in (scorer.interaction for scorer in bundle.scorers.values()):
+            interaction.rounded = "bf16" in (encoder.precision, bundle.precision)
+            knows = getattr(interaction, "known", None) is not None
+            if knows and encoder.precision == "int8":
                 why = "the bundle knows texts by their vectors, which int8 moves too far"
                 raise SettingsError(f"setting 'encoder_precision': {why}: take fp32 or bf16")
         bundle.versions[Path(folder).resolve()] = files.version

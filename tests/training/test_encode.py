@@ -118,7 +118,7 @@ def test_a_tuned_encoder_is_of_fp32(data: DataSet, tmp_path: Path) -> None:
 
 
 def test_a_wrong_precision_is_one_line() -> None:
-    line = r"^setting 'encoder_precision': .*'fp32' or 'bf16' \(got 'fp16'\)$"
+    line = r"^setting 'encoder_precision': .*'fp32', 'bf16' or 'int8' \(got 'fp16'\)$"
     with pytest.raises(SettingsError, match=line):
         load_settings(encoder_precision="fp16")
 

@@ -197,11 +197,10 @@ def open_deployment(
     from hydra_llm.model.onnx_encoder import use_onnx
 
     loaded = Bundle.load(folder, here=here)
-    use_onnx(loaded.features)
+    use_onnx(features := loaded.features)
     overrides["encoder_precision"] = here.encoder_precision  # also of the bundle after this one
     chosen = loaded.settings.model_copy(update=overrides)
     # The bundle's own users are the store's like any others: the store's records and heads count.
-    features = loaded.features
     served = features.encoder.precision  # feedback moves heads, and jobs fit them, by these vectors
     bundle = replace(loaded.without_people(str), settings=chosen, precision=served)
     features.keep = False  # only prefetching writes features to disk: those of users' records

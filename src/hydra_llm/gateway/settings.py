@@ -47,9 +47,9 @@ class ServeSettings(config.Group):
     abstention_threshold: float | None = Field(default=None, ge=0)
     """As `selection.abstention_threshold`; None is the bundle's value."""
     encoder_precision: Literal["fp32", "bf16", "int8", "fastest"] | None = None
-    """fastest: bf16 where the processor has AMX, else fp32; int8: extra `onnx`, picks may be others;
-    None is the bundle's own. In bf16 and int8 answers may differ where two candidates score almost
-    alike, so servers of one store should have the same.
+    """fastest: bf16 where the processor has AMX, else fp32; int8: needs the extra `onnx`; None is
+    the bundle's own. But for fp32, answers may differ where two candidates score almost alike, so
+    servers of one store should have the same.
     """
     max_prompt_tokens: int | None = Field(default=None, ge=64)
     """Token limit of the prompt, caller's text never cut; None is the bundle's, 4096 without."""

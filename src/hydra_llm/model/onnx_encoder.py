@@ -122,8 +122,8 @@ def _make(encoder: "Encoder", folder: Path | None, name: str) -> Graph:
 
 
 def trace(encoder: "Encoder", path: Path) -> None:
-    """Write the graph of model and pooling in fp32: padded inputs [B, L] by name → `vectors` [B, H].
-    Raises whatever the exporter does.
+    """Write the graph of model and pooling in fp32: inputs [B, L] by name → `vectors` [B, H].
+    Raises whatever the exporter raises.
     """
     if encoder._is_longformer:  # found by the check as well, after a minute for a large one
         raise ValueError("the attention of a Longformer is no graph")
