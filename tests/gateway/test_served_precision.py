@@ -46,6 +46,24 @@ async def test_servers_of_two_precisions_share_users_and_heads(
     assert loaded.precision == "fp32", "the bundle itself stays as it was learned"
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize("precision", [None, "int8"])
+async def test_a_server_encodes_by_onnx_runtime(
+    store: Store, bundles: dict[str, Path], caches: Path, precision: str | None
+) -> None:
+    pytest.importorskip("onnxscript")
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["titles"], encoder_precision=precision) as world:
+        encoder = world.app.state.gateway.deployment.features.encoder
+        assert encoder.graph is not None
+        assert encoder.precision == (precision or "fp32")
+        reply = (await world.ask(QUESTION)).json()
+        assert reply["personalization"]["warm"]
+    learned = Bundle.load(bundles["titles"]).features.encoder
+    assert learned.graph is None, "the bundle itself stays with torch"
+    assert (learned.digest == encoder.digest) == (precision is None)
+
+
 @pytest.mark.parametrize(("fast", "chosen"), [(True, "bf16"), (False, "fp32")])
 def test_fastest_is_up_to_the_processor(
     monkeypatch: pytest.MonkeyPatch, fast: bool, chosen: str

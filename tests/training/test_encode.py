@@ -117,6 +117,12 @@ def test_a_tuned_encoder_is_of_fp32(data: DataSet, tmp_path: Path) -> None:
         learn(data, settings=own)
 
 
+def test_nothing_is_learned_with_int8(data: DataSet, tmp_path: Path) -> None:
+    line = r"^setting 'encoder_precision': nothing is learned with int8: learn with fp32, and"
+    with pytest.raises(SettingsError, match=line):
+        learn(data, settings=settings(tmp_path, encoder_precision="int8"))
+
+
 def test_a_wrong_precision_is_one_line() -> None:
     line = r"^setting 'encoder_precision': .*'fp32', 'bf16' or 'int8' \(got 'fp16'\)$"
     with pytest.raises(SettingsError, match=line):
@@ -200,3 +206,9 @@ def test_a_bundle_knows_its_texts_in_every_precision(
         vectors = torch.from_numpy(loaded.features.texts(asked))
         places = loaded.scorers["adapter"].interaction._projected(vectors)[:, -1]
         assert places.tolist() == [1, -1, 0]
+    pytest.importorskip("onnxscript")
+    line = (
+        r"^setting 'encoder_precision': the bundle knows texts by their vectors, which int8 moves"
+    )
+    with pytest.raises(SettingsError, match=line):
+        Bundle.load(tmp_path / "knowing", here=settings(tmp_path, encoder_precision="int8"))
