@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=60)
     parser.add_argument("--parts", type=int, default=3)
     parser.add_argument("--records", type=int, default=100)
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fastest"))
+    parser.add_argument("--precision", choices=("fp32", "bf16", "int8", "fastest"))
     args = parser.parse_args()
     args.features = "tower"
     with tempfile.TemporaryDirectory() as name, checkout(args.before, Path(name)) as earlier:

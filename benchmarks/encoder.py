@@ -116,7 +116,7 @@ def measure_speed(data: Path, runs: int, batch: int) -> list[Row]:
             graph = graph_of(own)
             assert graph is not None
             name = f"ONNX Runtime {own.precision}"
-            jobs[name] = lambda own=own, graph=graph: graph(own.padded(texts))  # type: ignore[misc]
+            jobs[name] = lambda own=own, graph=graph: graph(own.padded(own._clean(texts)))  # type: ignore[misc]
         jobs |= openvino_jobs(plain, texts)
         for name, times in cpu_in_turn(jobs, runs).items():
             cuts = [batch / own for own in statistics.quantiles(times, n=4, method="inclusive")]

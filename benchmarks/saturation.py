@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64, help="requests in flight")
     parser.add_argument("--warm", type=float, default=0.0, help="seconds before the first round")
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fastest"))
+    parser.add_argument("--precision", choices=("fp32", "bf16", "int8", "fastest"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = args.folder or Path(name)

@@ -166,7 +166,6 @@ def ask(
 ) -> None:
     """Answer one text for one user. `--json` adds records, prompt, candidates, scores and costs."""
     check_spec(llm)
-    from hydra_llm.model.onnx_encoder import use_onnx
     from hydra_llm.reasons import why as reasons_of
     from hydra_llm.training.encode import encode_histories
     from hydra_llm.training.leave_out import refit_of
@@ -175,7 +174,6 @@ def ask(
         raise SettingsError("--private: no record is in the prompt: leave -k out")
     given = {"k": k, "private": private or None, **vars(selection)}
     loaded, settings = options.open_bundle(bundle, **given)
-    use_onnx(loaded.features)
     with console.progress(quiet=as_json) as report:
         records = loaded.records.get(user, ())[-(limit or 0) :]
         encode_histories(loaded, records, report, ranks=loaded.reranker is not None)

@@ -1,9 +1,10 @@
 """Encoding by ONNX Runtime: a graph of the encoder, traced once and kept in the cache folder.
 
-`use_onnx` is the one place that decides who encodes by it: all that answers (`serve`, `ask`,
+`use_onnx` is the one place that decides who encodes by it: what answers many questions (`serve`,
 `Personalizer.load`), where the extra `onnx` is installed. Learning, fitting and the benchmark stay
-with torch, so that their numbers do not depend on what is installed. In fp32 vectors differ from
-torch's by less than 1e-5, so both have one digest and share a cache; int8 has its own.
+with torch, so that their numbers do not depend on what is installed, and so does `ask`: to open the
+graph takes longer than one question gains. In fp32 vectors differ from torch's by less than 1e-5,
+so both have one digest and share a cache; int8 has its own.
 """
 
 import copy
