@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--bundles", type=Path, help="for the part scores")
     parser.add_argument("--replays", type=Path, help="for the part picks")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lengths", type=int, nargs="*", default=list(LENGTHS), help="tokens")
     parser.add_argument("--sets", nargs="*", help="of the bundles; default: all")
     parser.add_argument("--users", type=int, help="new users of a bundle; default: all")
     parser.add_argument("--precisions", nargs="*", default=list(SERVED), help="of the part scores")
@@ -74,7 +75,7 @@ def main() -> None:
     replayed = sorted(args.replays.glob("fp32/*/run/results.json")) if args.replays else []
     names = [path.parts[-3] for path in replayed]
     parts: dict[str, Callable[[], list[Row]]] = {
-        "speed": lambda: measure_speed(args.data, args.runs, args.batch),
+        "speed": lambda: measure_speed(args.data, args.runs, args.batch, args.lengths),
         "scores": lambda: [
             row
             for place in sorted(args.bundles.iterdir())
@@ -98,14 +99,14 @@ def main() -> None:
 # ---- speed
 
 
-def measure_speed(data: Path, runs: int, batch: int) -> list[Row]:
+def measure_speed(data: Path, runs: int, batch: int, lengths: list[int]) -> list[Row]:
     with gzip.open(data / "movie_rating" / "history.jsonl.gz", "rt", encoding="utf-8") as lines:
         inputs = [
             json.loads(line)["input"] for _, line in zip(range(8 * batch), lines, strict=False)
         ]
     texts = [" ".join(inputs[i::batch]) for i in range(batch)]
     rows = []
-    for length in LENGTHS:
+    for length in lengths:
         jobs: dict[str, Callable[[], object]] = {}
         plain = open_encoder("minilm", max_length=length)
         encoders = {name: plain.at(name) for name in PRECISIONS}  # type: ignore[arg-type]
