@@ -79,6 +79,52 @@ def test_what_looks_like_a_placeholder_already_stays() -> None:
     assert own.show("[EMAIL_1] [EMAIL_2] [EMAIL_3]") == "[EMAIL_1] ada@x.org [EMAIL_3]"
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("ada@x.org", '{"body": "Call:\\nada@x.org"}'),
+        ("+49 30 1234567", '{"body": "Call:\\n+49 30 1234567"}'),
+        ("+49 30 1234567", json.dumps({"body": json.dumps({"text": "Call:\n+49 30 1234567"})})),
+        ("jörg@x.org", json.dumps({"to": "jörg@x.org"})),  # with an escape within
+        ("ada@x.org", '"ada\\u0040x.org"'),
+        ("+1 415\u2011555\u20112671", "+1 415\u2011555\u20112671"),  # no-break hyphens
+        ("+49\xa030\xa01234567", "call +49\xa030\xa01234567"),
+        ("\uff10\uff13\uff10-\uff11\uff12\uff13\uff14\uff15\uff16\uff17",) * 2,
+        ("+\u0664\u0669 \u0663\u0660 \u0661\u0662\u0663\u0664\u0665",) * 2,
+    ],
+)
+def test_escapes_and_other_scripts_hide_nothing(value: str, text: str) -> None:
+    own = mask(text, "email,phone")
+    hidden = own.hide(text)
+    assert [*own.values.values()] == [value]
+    assert not {"ada", "rg@", "1234567", "2671"} & set(hidden.replace("[", " ").split())
+    assert own.show("[EMAIL_1][PHONE_1]").count(value) == 1
+    if text.startswith("{"):
+        json.loads(hidden)
+
+
+def test_names_of_arguments_are_hidden_too() -> None:
+    call = {"arguments": '{"ada@x.org": {"bob@x.org": 1}}', "input": "to ada@x.org"}
+    own = mask(call)
+    hidden = own.hide_in(call)
+    assert "@" not in str(hidden)
+    assert own.show_in(hidden) == call
+
+
+def test_many_values_take_no_longer_each() -> None:
+    """A request of one megabyte with 50,000 addresses, whose answer says them all: by the number
+    of addresses squared this would take minutes.
+    """
+    text = " ".join(f"u{i}@x.org" for i in range(50_000))
+    own = mask(text, "email")
+    assert len(own.values) == 0
+    hidden = own.hide(text)
+    assert len(own.values) == 50_000
+    restorer, size = Restorer(own), 1000
+    shown = [restorer.feed(hidden[at : at + size]) for at in range(0, len(hidden), size)]
+    assert "".join(shown) + restorer.end() == text
+
+
 values = st.sampled_from([value for own in FOUND.values() for value in own])
 parts = st.one_of(
     values, st.text(max_size=8), st.sampled_from(["[EMAIL_1]", "[", "]", "_1]", " ", "Dear ", "\n"])

@@ -6,8 +6,11 @@ Rules find the usual forms and no others: they lessen what leaves, and prove not
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache
+import unicodedata
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, lru_cache
 from typing import Any
 
 from hydra_llm.errors import SettingsError
@@ -29,8 +32,15 @@ NAMED = re.compile(
     r"|[Ii] am called|Dear|Yours,|Regards,|Sincerely,)\.?\s{1,2}"
     r"((?:[^\W\d_][\w'’-]{1,30})(?: [^\W\d_][\w'’-]{1,30}){0,2})"
 )
-TEXTS = ("content", "text", "arguments", "reasoning", "reasoning_content", "refusal")
+TEXTS: Sequence[str] = (
+    *("content", "text", "arguments", "input", "transcript", "refusal"),
+    *("reasoning", "reasoning_content", "thinking", "summary"),
+)
 """Fields of a message that hold text; the others are of the protocol."""
+PLACEHOLDER = re.compile(r"\[\w+\]")
+ESCAPE = re.compile(r'\\(?:u([0-9a-fA-F]{4})|([nrtbf"/\\]))')
+NESTED = 3  # JSON in JSON in JSON
+ESCAPED = {"n": "\n", "r": "\r", "t": "\t", "b": "\b", "f": "\f"}
 
 
 def email(text: str) -> Iterator[Span]:
@@ -95,15 +105,16 @@ class Mask:
 
     def __init__(self, detectors: Mapping[str, Detector], sent: object):
         """`sent`: all that is sent, to be searched for what looks like a placeholder already."""
-        self._detectors, self._sent = detectors, str(sent)
+        self._detectors, self._taken = detectors, set(PLACEHOLDER.findall(str(sent)))
         self._placeholders = dict[str, str]()  # by value
+        self._numbers = Counter[str]()  # the last one of each kind
         self.values = dict[str, str]()  # by placeholder
 
     def hide(self, text: str) -> str:
         """The text with placeholders."""
         parts, end = list[str](), 0
         for start, stop, kind in self._spans(text):
-            parts += [text[end:start], self._placeholder(kind, text[start:stop])]
+            parts += [text[end:start], self._placeholder(kind, unescaped(text[start:stop]))]
             end = stop
         return "".join([*parts, text[end:]])
 
@@ -113,10 +124,12 @@ class Mask:
             return text
 
         def value(match: re.Match[str]) -> str:
-            found = self.values[match[0]]
+            found = self.values.get(match[0])
+            if found is None:  # the LLM's own, or the caller's
+                return match[0]
             return json.dumps(found, ensure_ascii=False)[1:-1] if in_json else found
 
-        return re.sub("|".join(map(re.escape, self.values)), value, text)
+        return PLACEHOLDER.sub(value, text)
 
     def hide_in(self, message: Any) -> Any:
         """A message, or several, with placeholders in its texts; JSON stays JSON."""
@@ -142,11 +155,13 @@ class Mask:
 
     def _spans(self, text: str) -> list[tuple[int, int, str]]:
         """What is found, in order; what overlaps is one."""
-        found = [(*span, kind) for kind, own in self._detectors.items() for span in own(text)]
+        read, places = searched(text)
+        found = [(*span, kind) for kind, own in self._detectors.items() for span in own(read)]
         merged = list[tuple[int, int, str]]()
-        for start, stop, kind in sorted(found, key=lambda own: (own[0], -own[1])):
-            if not 0 <= start < stop <= len(text):
+        for first, last, kind in sorted(found, key=lambda own: (own[0], -own[1])):
+            if not 0 <= first < last <= len(read):
                 raise SettingsError(f"the detector '{kind}' found a span outside of the text")
+            start, stop = places[first], places[last]
             if merged and start < merged[-1][1]:
                 merged[-1] = (merged[-1][0], max(stop, merged[-1][1]), merged[-1][2])
             else:
@@ -155,9 +170,11 @@ class Mask:
 
     def _placeholder(self, kind: str, value: str) -> str:
         if value not in self._placeholders:
-            word, number = re.sub(r"\W+", "_", kind).upper(), 1
-            while (new := f"[{word}_{number}]") in self.values or new in self._sent:
-                number += 1
+            word, new = re.sub(r"\W+", "_", kind).upper(), ""
+            while not new or new in self._taken:
+                self._numbers[word] += 1
+                new = f"[{word}_{self._numbers[word]}]"
+            self._taken.add(new)  # also where another kind is the same word
             self._placeholders[value], self.values[new] = new, value
         return self._placeholders[value]
 
@@ -167,13 +184,14 @@ class Restorer:
 
     def __init__(self, mask: Mask, *, in_json: bool = False):
         self._mask, self._in_json, self._held = mask, in_json, ""
+        self._longest = max(map(len, mask.values), default=0)
 
     def feed(self, piece: str) -> str:
         """What is known of the text by now."""
         text = self._held + piece
         cut = text.rfind("[")
-        tail = text[cut:] if cut >= 0 else ""
-        begins = tail and any(own.startswith(tail) and own != tail for own in self._mask.values)
+        tail = text[cut : cut + self._longest] if cut >= 0 else ""
+        begins = len(tail) == len(text) - cut < self._longest and re.fullmatch(r"\[\w*", tail)
         self._held = tail if begins else ""
         return self._mask.show(text[: len(text) - len(self._held)], in_json=self._in_json)
 
@@ -183,14 +201,59 @@ class Restorer:
         return held
 
 
+def searched(text: str) -> tuple[str, Sequence[int]]:
+    """The text as detectors read it, and where in the text each of its characters begins, then the
+    end. The escapes of JSON are what they mean: the `n` of a line break is of no address. Digits,
+    blanks, dashes and full-width characters of every script are those of ASCII.
+    """
+    places: Sequence[int] = range(len(text) + 1)
+    for _ in range(NESTED if "\\" in text else 0):
+        text, found = _without_escapes(text)
+        places = array("I", (places[place] for place in found))
+    return text if text.isascii() else "".join(map(_ascii, text)), places
+
+
+def unescaped(value: str) -> str:
+    """A value as it is read in a text that is not JSON."""
+    if ESCAPE.search(value):
+        try:
+            return str(json.loads(f'"{value}"', strict=False))
+        except ValueError:
+            pass
+    return value
+
+
+def _without_escapes(text: str) -> tuple[str, Sequence[int]]:
+    parts, places, end = list[str](), array("I"), 0
+    for match in ESCAPE.finditer(text):
+        read = chr(int(match[1], 16)) if match[1] else ESCAPED.get(match[2], match[2])
+        parts += [text[end : match.start()], read]
+        places.extend(range(end, match.start() + 1))
+        end = match.end()
+    places.extend(range(end, len(text) + 1))
+    return "".join([*parts, text[end:]]), places
+
+
+@lru_cache(4096)
+def _ascii(char: str) -> str:
+    """The character of ASCII that means the same in a number or an address, or itself."""
+    if char.isdecimal():
+        return str(unicodedata.decimal(char))
+    if "！" <= char <= "～":  # full width
+        return chr(ord(char) - 0xFEE0)
+    return {"Pd": "-", "Zs": " "}.get(unicodedata.category(char), char)
+
+
 def _changed(
     value: Any, change: Callable[[str, str], str], field: str = "", *, every: bool = False
 ) -> Any:
-    """The same with other texts; `every`: not of the fields `TEXTS` alone."""
+    """The same with other texts; `every`: not of the fields `TEXTS` alone, and names of fields."""
     if isinstance(value, str):
         return change(value, field) if every or field in TEXTS else value
     if isinstance(value, Mapping):
-        return {own: _changed(part, change, own, every=every) for own, part in value.items()}
+        named = {own: change(own, field) if every else own for own in value}
+        parts = ((own, _changed(part, change, own, every=every)) for own, part in value.items())
+        return {named[own]: part for own, part in parts}
     if isinstance(value, list | tuple):
         return [_changed(part, change, field, every=every) for part in value]
     return value

@@ -17,6 +17,7 @@ from hydra_llm.config import Settings
 from hydra_llm.errors import DataError, SettingsError
 from hydra_llm.gate import generic_requests
 from hydra_llm.llm.concurrency import run_sync
+from hydra_llm.llm.masked import masked
 from hydra_llm.llm.none import NONE, NoLLM
 from hydra_llm.llm.registry import check_spec
 
@@ -94,6 +95,11 @@ def measured(
     from hydra_llm.bench import perceived
     from hydra_llm.bench.report.tables import open_run
 
+    if not isinstance(llm, NoLLM):
+        if settings.private:
+            fault = "the judge's rubrics are written from records, which the LLM must not see"
+            raise SettingsError(f"setting 'private': {fault}: leave --llm out")
+        llm = masked(llm, settings.mask)
     run, own_data = open_run(folder), _of_run(folder, data[0])
     method, against = perceived.chosen_methods(run, asked.method, asked.against)
     pairs = perceived.answered_pairs(run, method, against)
