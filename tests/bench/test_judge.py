@@ -24,6 +24,7 @@ from hydra_llm.bench.judge import (
 )
 from hydra_llm.bench.report.tables import open_run
 from hydra_llm.bench.runlog import RunLog, Sample
+from hydra_llm.cli.judge import Asked, measured
 from hydra_llm.cli.main import run
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
@@ -34,7 +35,9 @@ from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.llm.none import NoLLM
+from hydra_llm.masking import detectors
 from hydra_llm.pipeline import UserPipeline
+from hydra_llm.plugins import DETECTORS
 from hydra_llm.retrieve import make_retriever
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Message, Query, Record
@@ -280,6 +283,30 @@ def test_the_command_judges_records_and_replays(
     assert "the judge agrees with people" in printed
     assert "shown first in" in printed
     assert "no better than a coin" in printed
+
+
+def test_a_judge_sees_placeholders_and_in_private_mode_nothing(
+    on_choices: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, data = on_choices
+    seen = list[str]()
+
+    def noted(messages: Sequence[Message], index: int, dice: random.Random) -> str:
+        seen.append(str(messages))
+        return "A"
+
+    llm, loaded = RuleLLM(noted), load(data)
+    DETECTORS.add("all", lambda text: [(0, len(text))])
+    try:
+        how = (llm, Settings(mask="all"), lambda *_: None)
+        measured(folder, (loaded, loaded), Asked(limit=3, people_limit=3), *how)
+    finally:
+        del DETECTORS.added["all"]
+        detectors.cache_clear()
+    assert seen
+    assert all("[ALL_1]" in own and "Wh" not in own for own in seen)
+    assert run(command(on_choices, "--llm", "fake:echo", "--set", "private=true")) == 2
+    assert "setting 'private': the judge's rubrics are written from" in capsys.readouterr().err
 
 
 def test_without_an_llm_nobody_judges(

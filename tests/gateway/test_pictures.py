@@ -3,16 +3,18 @@ deleted with the record; what is no picture, too large or behind a private addre
 """
 
 import base64
+import gzip
 import json
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx2
 import pytest
 
@@ -257,6 +259,47 @@ async def test_bad_pictures_are_one_line(
     assert vision.seen == []
 
 
+async def test_nothing_stays_of_pictures_whose_record_is_not_added(
+    store: Store, vision: Vision, cache: Path
+) -> None:
+    """No deletion would find it: it stands in no record."""
+    whole = {"id": "p", "input": [picture(data_url(RED))], "output": "calm"}
+    broken = {"id": "q", "input": [picture("data:image/png;base64,aGVsbG8=")], "output": "calm"}
+    long = {"id": "q", "input": "x" * 2000, "output": "calm"}
+    both = {**whole, "input": [*whole["input"], *broken["input"]]}
+    async with running(store, vision=vision.spec, max_text=1000, max_records=1) as world:
+        for records, status in (([whole, broken], 400), ([both], 400), ([whole, long], 400)):
+            answer = await world.http.post("/v1/users/ada/records", json={"records": records})
+            assert answer.status_code == status
+            assert b"red lighthouse" not in rows(cache)
+        await add(world, "a text", "other")
+        assert (await add(world, whole["input"])).status_code == 413
+        assert b"red lighthouse" not in rows(cache)
+
+
+async def test_descriptions_are_limited_by_number_and_by_what_a_key_may_spend(
+    store: Store, vision: Vision, cache: Path
+) -> None:
+    limits = {"key_limits": "1 tokens/day", "user_limits": "1 tokens/day"}
+    async with running(store, vision=vision.spec, **limits) as world:
+        many = await add(world, [picture(data_url(RED))] * 17)
+        assert "there are 17 pictures: send at most 16" in many.json()["error"]["message"]
+        assert (await add(world, [picture(data_url(RED))])).status_code == 200
+        assert (await add(world, [picture(data_url(BLUE))], "q")).status_code == 429
+        assert (await add(world, "a text", "r")).status_code == 200
+    assert vision.seen == [RED]
+
+
+async def test_in_private_mode_no_endpoint_sees_a_records_picture(
+    store: Store, vision: Vision, cache: Path, bundles: dict[str, Path]
+) -> None:
+    async with running(store, bundles["tags"], vision=vision.spec, private=True) as world:
+        answer = await add(world, [picture(data_url(RED))])
+        assert answer.status_code == 400
+        assert "private mode shows no record" in answer.json()["error"]["message"]
+    assert vision.seen == []
+
+
 async def test_without_vision_records_are_texts_alone(store: Store) -> None:
     async with running(store) as world:
         answer = await add(world, [picture(data_url(RED))])
@@ -288,7 +331,9 @@ def fetch(pictures: Pictures, url: str) -> str:
 
 
 def test_the_address_that_was_checked_is_asked(tmp_path: Path) -> None:
-    pictures, asked = fetching(tmp_path, ["93.184.216.34"], httpx2.Response(200, content=RED))
+    pictures, asked = fetching(
+        tmp_path, ["93.184.216.34"], httpx2.Response(200, stream=httpx2.ByteStream(RED))
+    )
     assert fetch(pictures, "https://pictures.example/a.png?x=1") == "[picture] a red square"
     (request,) = asked
     assert str(request.url) == "https://93.184.216.34/a.png?x=1"
@@ -318,7 +363,7 @@ def test_what_is_not_fetched(
     url: str, addresses: list[str], answer: tuple[int, bytes], said: str, tmp_path: Path
 ) -> None:
     response = httpx2.Response(
-        answer[0], content=answer[1], headers={"location": "http://10.0.0.1/"}
+        answer[0], stream=httpx2.ByteStream(answer[1]), headers={"location": "http://10.0.0.1/"}
     )
     pictures, asked = fetching(tmp_path, addresses, response)
     with pytest.raises(PictureError, match=said):
@@ -326,12 +371,40 @@ def test_what_is_not_fetched(
     assert len(asked) <= 1
 
 
+def test_what_a_host_sends_is_not_unpacked(tmp_path: Path) -> None:
+    """A megabyte may become a gigabyte."""
+    packed = gzip.compress(RED)
+    answer = httpx2.Response(
+        200, stream=httpx2.ByteStream(packed), headers={"content-encoding": "gzip"}
+    )
+    pictures, asked = fetching(tmp_path, ["93.184.216.34"], answer)
+    with pytest.raises(PictureError, match="the picture is none"):
+        fetch(pictures, "https://pictures.example/a")
+    assert asked[0].headers["accept-encoding"] == "identity"
+
+
+def test_a_host_has_only_so_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a whole: a byte now and then is no progress."""
+    monkeypatch.setattr("hydra_llm.gateway.pictures.FETCH_SECONDS", 0.05)
+
+    class Drops(httpx2.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            while True:
+                yield b""
+                await anyio.sleep(0.01)
+
+    pictures, _ = fetching(tmp_path, ["93.184.216.34"], httpx2.Response(200, stream=Drops()))
+    with pytest.raises(PictureError, match="was not there within"):
+        fetch(pictures, "https://pictures.example/a")
+
+
 @pytest.mark.parametrize(
     "address",
     [
         *("127.0.0.1", "10.1.2.3", "192.168.0.1", "172.16.9.9", "169.254.169.254", "0.0.0.0"),
         *("100.64.0.1", "224.0.0.1", "::1", "fe80::1%eth0", "fd00::1", "::ffff:10.0.0.1"),
-        *("64:ff9b::a00:1", "2002:a00:1::1"),
+        *("64:ff9b::a00:1", "2002:a00:1::1", "64:ff9b:1::a00:1", "fec0::1"),
+        *("::127.0.0.1", "::ffff:0:127.0.0.1"),
     ],
 )
 def test_private_addresses(address: str) -> None:

@@ -41,10 +41,11 @@ ASKED = (
     " shows, and the text in it. Give the description alone."
 )
 LONGEST = 1000  # characters of a description
-FETCH_SECONDS = 10.0
+FETCH_SECONDS = 10.0  # as a whole
+MOST = 16  # pictures of a record, or of a question
 AT_ONCE = 4  # pictures, or records with some, that are described at the same time
 DATA_URL = re.compile(r"data:[^,]{0,200},", re.IGNORECASE)
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
+UNICAST = ipaddress.ip_network("2000::/3")  # all that is given out of IPv6's global addresses
 PORTS = {"http": 80, "https": 443}
 BEGINNINGS = {
     b"\x89PNG\r\n\x1a\n": "png",
@@ -83,14 +84,20 @@ class Pictures:
     resolve: Resolve = addresses_of
     locks: WeakValueDictionary[bytes, anyio.Lock] = field(default_factory=WeakValueDictionary)
 
-    async def in_words(self, place: str, content: str | Sequence[Any]) -> str:
-        """A record's input as text; its pictures are described and kept. `ApiError`: a part that is
-        neither text nor a picture, a picture that cannot be read, or a failed endpoint.
+    async def in_words(
+        self, place: str, content: str | Sequence[Any], lines: list[str] | None = None
+    ) -> str:
+        """A record's input as text; its pictures are described, and the descriptions kept, also
+        where another one fails: `lines` gets what is kept. `ApiError`: a part that is neither text
+        nor a picture, a picture that cannot be read, or a failed endpoint.
         """
         if isinstance(content, str):
             return content
         urls = picture_urls(place, content)
-        shown = await all_of([partial(self._line, place, url, keep_it=True) for url in urls])
+        if len(urls) > MOST:
+            raise PictureError(place, f"there are {len(urls)} pictures: send at most {MOST}")
+        lines = [] if lines is None else lines
+        shown = await all_of([partial(self._line, place, url, lines) for url in urls])
         return "\n".join(filter(None, [_said(content), *shown]))
 
     async def of_question(self, content: Any) -> list[str]:
@@ -99,12 +106,12 @@ class Pictures:
             return []
         urls = [url for part in content if (url := _url_of(part))]
         readable = [url for url in urls if DATA_URL.match(url) or self._is_listed(url)]
-        return await all_of([partial(self._line, "messages", url) for url in readable])
+        return await all_of([partial(self._line, "messages", url) for url in readable[:MOST]])
 
     async def aclose(self) -> None:
         await self.upstream.aclose()
 
-    async def _line(self, place: str, url: str, *, keep_it: bool = False) -> str:
+    async def _line(self, place: str, url: str, lines: list[str] | None = None) -> str:
         raw = await self._raw(place, url)
         kind = kind_of(raw)
         if not kind:
@@ -115,7 +122,8 @@ class Pictures:
             if text is None:
                 data = base64.b64encode(raw).decode()
                 text = await self._ask(place, f"data:image/{kind};base64,{data}")
-                if keep_it:
+                if lines is not None:
+                    lines.append(line_of(text))
                     await run_sync(keep, self.file, key, text)
         return line_of(text)
 
@@ -141,7 +149,12 @@ class Pictures:
         if DATA_URL.match(url):
             raw = _of_data(place, url)
         elif self._is_listed(url):
-            raw = await self._fetched(place, url, most)
+            raw = b""
+            with anyio.move_on_after(FETCH_SECONDS) as limit:
+                raw = await self._fetched(place, url, most)
+            if limit.cancelled_caught:
+                fault = f"the picture was not there within {FETCH_SECONDS:g} seconds"
+                raise PictureError(place, fault)
         else:
             fix = "send it as a data: URL, or list the host in `vision_hosts`"
             raise PictureError(place, f"the picture's URL is not fetched: {fix}")
@@ -160,7 +173,9 @@ class Pictures:
         return parts.scheme in PORTS and full in self.settings.vision_hosts
 
     async def _fetched(self, place: str, url: str, most: int) -> bytes:
-        """What stands at a URL of a listed host. The address that was checked is the one asked."""
+        """What stands at a URL of a listed host. The address that was checked is the one asked. It
+        is read as it comes: what is compressed may become larger than memory.
+        """
         parts = urlsplit(url)
         host, port = str(parts.hostname), parts.port or PORTS[parts.scheme]
         try:
@@ -175,17 +190,18 @@ class Pictures:
         target = parts._replace(netloc=f"{address}:{port}", fragment="").geturl()
         own: dict[str, Any] = {"transport": self.transport, "timeout": FETCH_SECONDS}
         raw, name = bytearray(), host if parts.port is None else f"{host}:{port}"
+        headers = {"host": name, "accept-encoding": "identity"}
         try:
             async with (
                 httpx2.AsyncClient(trust_env=False, follow_redirects=False, **own) as http,
                 http.stream(
-                    "GET", target, headers={"host": name}, extensions={"sni_hostname": host}
+                    "GET", target, headers=headers, extensions={"sni_hostname": host}
                 ) as response,
             ):
                 if response.status_code != 200:
                     fault = f"HTTP {response.status_code}, and redirects are not followed"
                     raise PictureError(place, f"the picture cannot be fetched from {host}: {fault}")
-                async for piece in response.aiter_bytes():
+                async for piece in response.aiter_raw():
                     raw += piece
                     if len(raw) > most:
                         break
@@ -287,8 +303,6 @@ def kind_of(raw: bytes) -> str:
 def is_public(address: str) -> bool:
     """Whether an address is of the public internet, and no other address is written in it."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address) and (
-        ip.ipv4_mapped or ip.sixtofour or ip.teredo or ip in NAT64
-    ):
+    if isinstance(ip, ipaddress.IPv6Address) and (ip not in UNICAST or ip.sixtofour or ip.teredo):
         return False
     return ip.is_global and not ip.is_multicast

@@ -21,6 +21,7 @@ from hydra_llm.gateway.schemas import (
     SearchIn,
     SwitchIn,
 )
+from hydra_llm.gateway.spend_limits import admit
 from hydra_llm.gateway.user_cache import texts_of
 from hydra_llm.gateway.user_routes import PathId, User, forget_texts, no_such_user
 from hydra_llm.history import parse_time
@@ -41,13 +42,20 @@ async def add_records(user: User, sent: RecordsIn, http: Request) -> dict[str, A
     settings, most = gateway.settings, gateway.settings.max_records_per_request
     if len(sent.records) > most:
         raise ApiError(413, f"at most {most} records a request", param="records")
-    described = [partial(_in_words, gateway, *own) for own in enumerate(sent.records)]
-    records = [
-        _record(user, f"records[{place}]", record, settings.max_text)
-        for place, record in enumerate(await all_of(described))
-    ]
-
-    added, switched = await run_sync(_add, gateway, user, sent, records)
+    if not all(isinstance(own.input, str) for own in sent.records):
+        await admit(http, user)  # an LLM describes the pictures
+    lines = list[str]()  # of pictures
+    try:
+        in_words = [partial(_in_words, gateway, lines, *own) for own in enumerate(sent.records)]
+        records = [
+            _record(user, f"records[{place}]", record, settings.max_text)
+            for place, record in enumerate(await all_of(in_words))
+        ]
+        added, switched = await run_sync(_add, gateway, user, sent, records)
+    except Exception:
+        if lines:  # no deletion would find what is in no record
+            await forget_texts(gateway, lines)
+        raise
     if added.replaced or switched:
         await gateway.deployment.forget(user)
         await forget_texts(gateway, texts_of(added.replaced))
@@ -56,15 +64,19 @@ async def add_records(user: User, sent: RecordsIn, http: Request) -> dict[str, A
     return counts | _unreadable(gateway, records)
 
 
-async def _in_words(gateway: Gateway, place: int, sent: RecordIn) -> RecordIn:
-    """The record with its pictures described."""
+async def _in_words(gateway: Gateway, lines: list[str], place: int, sent: RecordIn) -> RecordIn:
+    """The record with its pictures described; `lines` gets what is kept of them."""
     if isinstance(sent.input, str):
         return sent
     name = f"records[{place}].input"
     if gateway.pictures is None:
         fix = "give this server the setting `vision`"
         raise ApiError(400, f"{name}: must be a text, as nothing describes pictures: {fix}")
-    return sent.model_copy(update={"input": await gateway.pictures.in_words(name, sent.input)})
+    if gateway.deployment.private:
+        why = "private mode shows no record to an LLM, and so none its pictures"
+        raise ApiError(400, f"{name}: must be a text: {why}", code="private")
+    text = await gateway.pictures.in_words(name, sent.input, lines)
+    return sent.model_copy(update={"input": text})
 
 
 def _add(gateway: Gateway, user: str, sent: RecordsIn, records: list[Record]) -> tuple[Added, bool]:
