@@ -22,7 +22,8 @@ document.querySelector("form").addEventListener("submit", async (event) => {
   try {
     at("status").textContent = "asking the server …";
     const body = JSON.stringify({ input }); // all that leaves this page
-    const reply = await fetch("candidates", { method: "POST", body });
+    const headers = { "content-type": "application/json" };
+    const reply = await fetch("candidates", { method: "POST", headers, body });
     if (!reply.ok) throw new Error(await reply.text());
     const { candidates } = await reply.json();
     at("status").textContent = "scoring on this device …";

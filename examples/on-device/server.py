@@ -60,8 +60,9 @@ def make_server(phone: Path, llm: str, port: int = 0, npm: Path | None = None) -
         def do_POST(self) -> None:
             size = int(self.headers.get("Content-Length", 0))
             try:
-                if self.path != "/candidates" or not 0 < size <= MOST:
-                    raise ValueError("POST /candidates takes a short JSON body")
+                json_only = self.headers.get_content_type() == "application/json"
+                if self.path != "/candidates" or not 0 < size <= MOST or not json_only:
+                    raise ValueError("POST /candidates takes a short body of application/json")
                 text = json.loads(self.rfile.read(size))["input"]
                 proposal = pipeline.propose(Query("device", "asked", str(text)))
             except (ValueError, KeyError, TypeError, HydraError) as error:

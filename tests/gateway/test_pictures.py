@@ -277,7 +277,7 @@ async def test_nothing_stays_of_pictures_whose_record_is_not_added(
         assert b"red lighthouse" not in rows(cache)
 
 
-async def test_descriptions_are_limited_by_number_and_by_what_a_key_may_spend(
+async def test_descriptions_are_limited_by_number_and_spend(
     store: Store, vision: Vision, cache: Path
 ) -> None:
     limits = {"key_limits": "1 tokens/day", "user_limits": "1 tokens/day"}

@@ -130,6 +130,55 @@ async def test_an_explanation_shows_records_and_needs_read(
     assert [own.action for own in store.accesses(10)] == ["explain"]
 
 
+async def test_a_key_that_may_not_read_gets_no_ids_of_records(
+    store: Store, bundles: dict[str, Path]
+) -> None:
+    """An id may say what its record does: an assistant's is a hash of the content."""
+    store.add_records("ada", records_of("ada"))
+    _, answers = make_key(store, users=["ada"], purposes=["answer"])
+    _, reads = make_key(store, users=["ada"], purposes=["answer", "read"])
+    async with running(store, bundles["tags"]) as world:
+        for ask in (ASK, {**ASK, "stream": True}):
+            for key, told in ((answers, False), (reads, True)):
+                answer = await sent(world, "POST /v1/chat/completions", ask, key)
+                assert answer.headers["x-hydra-personalized"] == "true"
+                assert ('"r1' in answer.text.replace(" ", "")) is told, answer.text
+
+
+async def test_a_key_that_may_not_answer_learns_of_no_response(store: Store) -> None:
+    _, key = make_key(store, users=["ada"], purposes=["write"])
+    ask = {"model": "m", "input": "go on", "previous_response_id": "resp_x"}
+    async with running(store) as world:
+        assert (await sent(world, "POST /v1/responses", ask, key)).status_code == 403
+
+
+async def test_a_deletion_that_fails_in_the_end_is_logged(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user is gone by then, whatever the reply says; what is refused is not logged."""
+    for user in ("ada", "bob"):
+        store.add_records(user, records_of(user, 1))
+    async with running(store) as world:
+
+        async def failing(*_: object) -> None:
+            raise ValueError("memory is broken")
+
+        assert (await world.http.delete("/v1/users/nobody")).status_code == 404
+        monkeypatch.setattr(type(world.app.state.gateway.deployment), "forget", failing)
+        assert (await world.http.delete("/v1/users/ada")).status_code == 500
+        assert store.state("ada").version is None
+        assert [own.action for own in store.accesses(10)] == ["user"]
+
+        def full(*_: object) -> None:
+            raise StoreError("the disk is full")
+
+        monkeypatch.undo()
+        monkeypatch.setattr(store, "add_accesses", full)
+        answer = await world.http.delete("/v1/users/bob")
+        assert answer.status_code == 503
+        assert "nothing was changed" not in answer.text
+
+
 async def test_an_assistant_gets_the_tools_that_its_key_is_for(store: Store) -> None:
     store.add_records("ada", records_of("ada", 3))
     _, key = make_key(store, users=["ada"], purposes=["write"])

@@ -101,5 +101,7 @@ def test_the_client_picks_what_the_device_picks(phone: Path, address: str) -> No
     picked = module("on-device/pick").pick(phone, QUESTIONS[1], address.rstrip("/"))
     assert picked == candidates[chosen.chosen].answer
     assert httpx2.post(f"{address}candidates", json=["no"]).status_code == 400
+    # a page of another origin can send this without asking the server first
+    assert httpx2.post(f"{address}candidates", content=b'{"input": "x"}').status_code == 400
     for path in ("phone/user.json", "npm/../server.py", "phone/../bundle/config.json"):
         assert httpx2.get(address + path).status_code == 404

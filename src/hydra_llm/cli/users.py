@@ -33,6 +33,7 @@ def list_(
     """List users with counts of what is kept about them, by id."""
     with open_store(store) as opened:
         users = opened.user_counts(after=after, limit=limit + 1)
+        _log(opened, "read", "users")
     rows = [
         {
             "user": user.id,
@@ -92,6 +93,8 @@ def import_(
             learned.check_task(loaded.task)
         histories = loaded.answered if answered else loaded.history
         records = {user: histories(user) for user in loaded.users()}
+        for user in records if replace else ():
+            _log(opened, "delete", "import", user)
         counts = import_users(opened, records, replace=replace, report=report, forget=forget)
         if learned:
             counts |= _import_heads(opened, learned, bundle, records)
@@ -179,11 +182,11 @@ def _exported(store: "Store", user: str, action: str) -> dict[str, Any]:
     return kept
 
 
-def _log(store: "Store", purpose: str, action: str, user: str) -> None:
-    """An entry of the audit log."""
+def _log(store: "Store", purpose: str, action: str, user: str = "") -> None:
+    """An entry of the audit log; without a user, of all."""
     from hydra_llm.gateway.auth import pseudonym
 
-    store.add_accesses("cli", [(purpose, action, pseudonym(store.salt(), user))])
+    store.add_accesses("cli", [(purpose, action, user and pseudonym(store.salt(), user))])
 
 
 def _unknown(user: str) -> UnknownUser:

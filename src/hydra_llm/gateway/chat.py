@@ -4,6 +4,7 @@ completions. gateway.py decides what an answer is; a `Wire` writes it as its pro
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
+from dataclasses import replace
 from typing import Any, Protocol
 
 from fastapi import Request, Response
@@ -75,6 +76,8 @@ async def answer_chat(
 
         async def answered() -> Response:
             routed = await gateway.route(asked, body, user.id)
+            reads = "read" in http.state.caller.purposes  # ids may say what records do
+            routed = replace(routed, names_records=reads)
             note(id=routed.id)
             if http.state.caller is UNVERIFIED:
                 routed = routed.passed_through("store-failure")

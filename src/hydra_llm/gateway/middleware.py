@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hydra_llm.errors import HydraError, StoreError
+from hydra_llm.gateway.audit import done, unlogged
 from hydra_llm.gateway.auth import UNVERIFIED, WITHOUT_KEYS, Access, Caller, caller_of
 from hydra_llm.gateway.batching import Overloaded
 from hydra_llm.gateway.gateway import Gateway
@@ -95,10 +96,10 @@ class AccessMiddleware:
             if not isinstance(error, ApiError | StoreError):  # refused before it came to the app
                 self._telemetry.failed("request", error)
             if started:
-                _log_bug(error)
-                raise ConnectionCut from None
-            response = await error_response(Request(scope), error)
-            await response(scope, receive, send)
+                raise _cut(error) from None
+            with suppress(ClientGone):  # it was told that the log could not be written
+                response = await error_response(Request(scope), error)
+                await response(scope, receive, self._audited(scope, send))
         finally:
             bill.closed = True
             self._gateway.ledger.take(bill)
@@ -109,13 +110,13 @@ class AccessMiddleware:
         state, gateway = scope["state"], self._gateway
 
         async def audited(message: Message) -> None:
-            accesses = state.pop("accesses", None) if message["type"] == START else None
-            if accesses and message["status"] < 400:
+            accesses = done(state, message["status"]) if message["type"] == START else ()
+            if accesses:
                 write = partial(gateway.store.add_accesses, state["caller"].key, accesses)
                 try:
                     await gateway.reads.read(write)
                 except StoreError as error:
-                    refused = await error_response(Request(scope), error)
+                    refused = await error_response(Request(scope), unlogged(accesses, error))
                     await refused(scope, _nothing, send)
                     raise ClientGone from None
             await send(message)
@@ -198,6 +199,11 @@ class AccessMiddleware:
             return message
 
         return counted
+
+
+def _cut(error: Exception) -> ConnectionCut:
+    _log_bug(error)
+    return ConnectionCut()
 
 
 async def _nothing() -> Message:

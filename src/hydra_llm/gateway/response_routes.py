@@ -33,7 +33,7 @@ router = APIRouter(prefix="/v1/responses", tags=["OpenAI"])
 @router.post("", response_model=None)
 async def create_response(request: ResponseRequest, http: Request) -> Response:
     """Answer as /v1/chat/completions does, in the form of OpenAI's Responses API."""
-    gateway: Gateway = http.app.state.gateway
+    gateway = allow(http, None, "answer")  # before it is told which responses there are
     body = body_of(await http.body())
     user = user_of(http, body)
     kept = _Conversation(gateway, body, user.id)

@@ -37,6 +37,7 @@ class RoutedRequest:
     id: str = field(default_factory=lambda: f"req_{token_hex(12)}")
     seconds: dict[str, float] = field(default_factory=dict)
     beside: Sequence[Any] = ()  # messages of other prompts, each asked in place of a sample
+    names_records: bool = True  # whether the reply has their ids
     candidates: int = 1  # how many to ask for; more only with an adapter and an encoded history
 
     @property
@@ -61,6 +62,7 @@ class RoutedRequest:
             reason=reason,
             id=self.id,
             seconds=self.seconds,
+            names_records=self.names_records,
         )
 
 
@@ -119,7 +121,7 @@ def personalization_of(
     unread = "no-label" if all(score is None for score in scores) else None
     answer: dict[str, Any] = {
         "request_id": request.id if kept else None,
-        "records": [record.id for record in request.prompt_records],
+        "records": [own.id for own in request.prompt_records if request.names_records],
         "warm": request.search.warm,
         "candidates": len(ranked.candidates),
         "abstained": ranked.abstained,
