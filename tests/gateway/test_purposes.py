@@ -8,10 +8,12 @@ from typing import Any
 import httpx2
 import pytest
 
+from hydra_llm.cli.main import run
 from hydra_llm.errors import StoreError
 from hydra_llm.gateway.auth import make_key, pseudonym
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import PURPOSES, Accessed
+from tests.made_choices import write_choices
 
 from .conftest import World, endpoints, records_of, running
 from .test_mcp import call, connected, fault
@@ -244,6 +246,21 @@ async def test_the_first_key_can_make_others(store: Store) -> None:
         assert made.status_code == 400
         made = await world.http.post("/v1/keys", json={"admin": True})
         assert made.json()["purposes"] == list(PURPOSES)
+
+
+def test_commands_are_logged(store: Store, tmp_path: Path) -> None:
+    data = write_choices(tmp_path / "data", users=1)
+    at = ["--store", str(store.url)]
+    for command in (["list"], ["import", str(data)], ["import", str(data), "--replace"]):
+        assert run(["users", *command, *at]) == 0
+    user = next(iter(store.users()))
+    for command in ("show", "export", "delete"):
+        assert run(["users", command, user, *at]) == 0
+    entries = store.accesses(10)[::-1]
+    actions = ["users", "import", "profile", "export", "user"]
+    assert [own.action for own in entries] == actions
+    assert {own.key for own in entries} == {"cli"}
+    assert [own.person == "" for own in entries] == [True, *[False] * 4]
 
 
 def test_old_entries_go(either: Store) -> None:
