@@ -1,13 +1,17 @@
 """The gateway with `mask`: personal data of records and questions stays here; answers have it."""
 
 import json
+import threading
 from typing import Any
 
+import anyio
 import pytest
 
 from hydra_llm.config import Settings
 from hydra_llm.errors import SettingsError
 from hydra_llm.gateway.settings import ServeSettings
+from hydra_llm.masking import detectors
+from hydra_llm.plugins import DETECTORS
 from hydra_llm.store.store import Store
 from hydra_llm.types import Record
 
@@ -67,3 +71,22 @@ async def test_the_setting_of_every_command_holds_here(store: Store) -> None:
         deployment = open_deployment(store, TimedReads(5.0), None, settings, here)
         assert deployment.pipeline.settings.mask == chosen
         deployment.batcher.close()
+
+
+async def test_others_go_on_while_a_long_text_is_searched(store: Store) -> None:
+    slow = threading.Event()
+
+    def waits(text: str) -> list[tuple[int, int]]:
+        assert slow.wait(30), "the loop stood still"
+        return []
+
+    DETECTORS.add("waits", waits)
+    try:
+        async with running(store, mask="waits") as world, anyio.create_task_group() as group:
+            group.start_soon(world.ask, QUESTION)
+            await anyio.sleep(0.05)
+            assert (await world.http.get("/v1/users")).status_code == 200
+            slow.set()
+    finally:
+        del DETECTORS.added["waits"]
+        detectors.cache_clear()
