@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.native import save
 from hydra_llm.errors import SettingsError
 from hydra_llm.gate import generic_requests
+from hydra_llm.gateway.store_training import _dataset
 from hydra_llm.llm.registry import open_llm
+from hydra_llm.store.store import Store
 from hydra_llm.tasks.base import CohortStats, Task
 from hydra_llm.training import dp
 from hydra_llm.training.api import blank_bundle, learn
@@ -120,6 +123,20 @@ def test_noise_has_the_deviation_that_the_accountant_asks_for() -> None:
     assert not torch.equal(own, secret_normals(20_000))
 
 
+@pytest.mark.parametrize("byte", [b"\x00", b"\x7f", b"\x80", b"\xff"])
+def test_noise_is_finite_for_all_random_bytes(byte: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.urandom", lambda count: byte * count)
+    assert bool(secret_normals(3).isfinite().all())
+
+
+@pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf, 1e200])
+def test_no_user_is_the_whole_sum(fault: float) -> None:
+    every = torch.tensor([[1.0, 0.0], [fault, 1.0]], dtype=torch.float64)
+    assert float((noisy_sum(every, 2.0, 0.0, quiet) - every[0]).norm()) <= 2.0
+    moved = noisy_moments(every, 2.0, 0.0, quiet) - torch.outer(every[0], every[0])
+    assert float(moved.norm()) <= 4.0
+
+
 @pytest.mark.parametrize("epsilon", [0.3, 1.0, 3.0, 8.0])
 def test_the_accountant_finds_what_was_asked_for(epsilon: float) -> None:
     budget = Budget.of(Settings.checked({"dp_epsilon": epsilon}), users=565)
@@ -208,6 +225,33 @@ def others() -> DataSet:
     return DataSet.from_records(TASK, {f"u{user:02}": "train" for user in range(12)}, records, [])
 
 
+def test_who_is_in_the_base_does_not_tell_who_has_records(chosen: Settings) -> None:
+    settings = chosen.model_copy(update={"base_users": 6})
+    bundles = [learn(made(leave_out=name), settings=settings).bundle for name in ("", "u04")]
+    assert bundles[0].trained_on == bundles[1].trained_on
+    assert "u04" in bundles[0].trained_on  # else the seed proves nothing
+    own = [{**bundle.report, "stages": None} for bundle in bundles]
+    assert own[0] == own[1]
+
+
+def test_all_users_of_a_store_count(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'store.sqlite'}"
+    with closing(Store(url, create=True)) as store:
+        store.add_records("ada", [Record("ada", "r", "rose garden", "yes", "2000")])
+        store.add_records("bob", [])
+        assert _dataset(store, TASK)[1].users("train") == ["ada"]
+        assert _dataset(store, TASK, every=True)[1].users("train") == ["ada", "bob"]
+
+
+def test_a_reranker_that_was_learned_without_privacy_is_not_taken_over(chosen: Settings) -> None:
+    own = learn(made(), settings=chosen).bundle
+    scorers, report = {"reranker": own.scorers["adapter"]}, {"reranker": {"loss": 0.1}}
+    first = replace(own, scorers=scorers, report=report)
+    learned = learn(made(), settings=chosen, first=first).bundle
+    assert set(learned.scorers) == {"adapter"}
+    assert "skipped" in learned.report["reranker"]
+
+
 def test_little_noise_learns_what_helps(chosen: Settings) -> None:
     bundle = learn(made(40), settings=chosen.model_copy(update={"dp_epsilon": 300.0})).bundle
     adapter = bundle.scorers["adapter"]
@@ -238,6 +282,10 @@ def test_a_budget_out_of_range_is_one_line(given: dict[str, Any], line: str) -> 
         ({"head": "kernel", "dp_epsilon": 1}, "head=kernel: take linear or lowrank"),
         ({"loss": "binary", "dp_epsilon": 1}, "loss=binary: take listwise"),
         ({"dp_delta": 0.1}, "'dp_delta' has no effect without dp_epsilon"),
+        ({"discount": 0.9, "dp_epsilon": 1}, "discount: leave it at none"),
+        ({"head_prior": "isotropic", "dp_epsilon": 1}, "head_prior=isotropic: take learned"),
+        ({"label_rank": 4, "dp_epsilon": 1}, "label_rank: leave it out"),
+        ({"epochs": 2, "dp_epsilon": 1}, "epochs: leave them out"),
     ],
 )
 def test_what_cannot_be_private_is_one_line(given: dict[str, Any], line: str) -> None:

@@ -206,7 +206,7 @@ def learn_from_store(
         except (OSError, ValueError) as error:
             raise DataError(f"cannot be read as JSON ({error})", file=task) from None
     with closing(Store(url, create=False)) as store:
-        versions, data = _dataset(store, kind)
+        versions, data = _dataset(store, kind, every=settings.dp_epsilon is not None)
         # Features of what the LLM made of users' records could not be deleted later.
         with TemporaryDirectory() as folder:
             passing = settings.model_copy(update={"cache": Path(folder)})
@@ -225,18 +225,20 @@ def learn_from_store(
     return learned
 
 
-def _dataset(store: Store, task: Task) -> tuple[dict[str, int], DataSet]:
-    """The users' versions, and their records that the task can read as training data."""
+def _dataset(store: Store, task: Task, *, every: bool = False) -> tuple[dict[str, int], DataSet]:
+    """The users' versions, and their records that the task can read as training data; with `every`
+    also the users who have none.
+    """
     versions, records = dict[str, int](), list[Record]()
     for user in store.users():
         version, own = store.records(user)
         if not task.labels:
             own = with_choices(own, store.unlearned_feedback(user, or_learned=True))
         readable = [record for record in own if task.is_answer(record.output)]
-        if version is not None and readable:
+        if version is not None and (readable or every):
             versions[user] = version
             records += readable
-    if not versions:
+    if not records:
         raise DataError("the store has no user with records that this task can read")
     return versions, DataSet.from_records(task, dict.fromkeys(versions, "train"), records, [])
 

@@ -76,8 +76,9 @@ async def alearn(
     learned, users = _begun(data, model, settings, progress, warn)
     asked = asked_about(data, settings, learned.users[: settings.labelled_users])
     check_askable(settings, data.task, learned.bundle.records, asked.all)
-    asks = model if settings.dp_epsilon is None else NoLLM()
-    work = Work(learned, asks, progress, out, strengths, asked)
+    if settings.dp_epsilon is not None:  # `first` may have a reranker that was learned without it
+        model, first = NoLLM(), None
+    work = Work(learned, model, progress, out, strengths, asked)
     checkpoint = await work.learn_from(users, first)
     learned.bundle.features.progress = None
     counts = {"users": len(users), "calls": learned.usage.calls, "cached": learned.usage.cached}
@@ -100,9 +101,11 @@ def _begun(
     training users with records.
     """
     named, with_records = data.users("train")[: settings.users], set(data.with_records("train"))
-    users = [user for user in named if user in with_records]
+    own = [user for user in named if user in with_records]
+    _check_learnable(llm, data.task, data.all_answered(own))
+    # With ε all count: their number and a sample of them would tell who has records.
+    users = own if settings.dp_epsilon is None else named
     records = data.all_answered(users)
-    _check_learnable(llm, data.task, records)
     for doubt in doubts(data, of_learning=True):
         warn(f"data {doubt.severity}: {doubt}")
     base = sampled_users(users, settings)

@@ -12,7 +12,7 @@ than the clipping norm:
 
 What else is learned from training users without privacy is fixed, from public texts, or left out:
 docs/differential-privacy.md lists it. Neighbouring sets differ in all records of one user, which
-are replaced by none; the number of users is public. A user's own head is made of the user's own
+are replaced by none; the names of training users, with and without records, are public. A user's own head is made of the user's own
 records and of what is shared (joint differential privacy: Kearns et al. 2014).
 
 Letters: U users, G groups, L labels, J columns of their coding, D dimensions of a release, K rank,
@@ -57,7 +57,8 @@ Draw = Callable[[int], Tensor]
 def secret_normals(count: int) -> Tensor:
     """Noise from the system's random bytes: that of a seed could be subtracted by who knows it."""
     bits = torch.frombuffer(bytearray(os.urandom(8 * count)), dtype=torch.int64)
-    uniform = ((bits >> 11) & (2**53 - 1)).double().add(0.5) / 2**53
+    # 52 bits: with 53 the largest would be rounded to 1, of which the quantile is infinite
+    uniform = ((bits >> 12) & (2**52 - 1)).double().add(0.5) / 2**52
     normals: Tensor = torch.special.ndtri(uniform)
     return normals
 
@@ -124,6 +125,10 @@ def check(settings: Settings, task: Task) -> None:
         "tune_encoder: leave it off": settings.tune_encoder,
         "choose=auto: take given": settings.choose != "given",
         "labelling=adaptive: take all": settings.labelling != "all",
+        "discount: leave it at none": settings.discount != "none",
+        "head_prior=isotropic: take learned": settings.head_prior != "learned",
+        "label_rank: leave it out": settings.label_rank is not None,
+        "epochs: leave them out": bool(settings.epochs),
     }
     for fault, holds in faults.items():
         if holds:
@@ -134,10 +139,12 @@ def check(settings: Settings, task: Task) -> None:
 
 
 def clipped(rows: Tensor, norm: float) -> Tensor:
-    """Rows [U, D], those longer than `norm` shortened to it."""
+    """Rows [U, D], those longer than `norm` shortened to it; 0 for one that is not finite, which
+    would be the whole sum.
+    """
     length = rows.norm(dim=-1, keepdim=True)
-    short: Tensor = rows * (norm / length.clamp_min(1e-12)).clamp_max(1.0)
-    return short
+    short = rows * (norm / length.clamp_min(1e-12)).clamp_max(1.0)
+    return short.where(length.isfinite(), 0.0)
 
 
 def noisy_sum(rows: Tensor, norm: float, noise: float, draw: Draw) -> Tensor:
