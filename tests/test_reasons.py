@@ -4,6 +4,7 @@ a set of records that decides.
 
 import random
 from collections.abc import Collection
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -20,6 +21,7 @@ from hydra_llm.reasons import Reasons, in_words, of, why
 from hydra_llm.select import FirstCandidate, Selection
 from hydra_llm.tasks import choices
 from hydra_llm.tasks.base import Task
+from hydra_llm.training.discounts import set_discount
 from hydra_llm.training.leave_out import LeaveOut, refit_of
 from hydra_llm.types import Answer
 from tests.learning import ONE_STRENGTH
@@ -157,6 +159,22 @@ def test_near_heads_are_those_of_a_fit_without_the_record(
             moved += float(np.linalg.norm(exact - own.head.numbers))
             missed += float(np.linalg.norm(exact - own.near[record.id].numbers))
     assert missed < moved / 3
+
+
+def test_near_heads_know_a_discount(bundle: Bundle) -> None:
+    """Without a record it is gone, and those before it are less old."""
+    simulated, scorer = world(bundle.task), deepcopy(bundle.scorers["adapter"])
+    set_discount(scorer, 0.8)
+    discounted = replace(bundle, scorers={**bundle.scorers, "adapter": scorer})
+    own = fit(simulated.data, discounted).bundle
+    personalizer, moved, missed = own.personalizer(crowd_pleaser(bundle.task)), 0.0, 0.0
+    for query in simulated.queries[::10]:
+        left = leave_out(own, context := personalizer.context_of(query))
+        for record in context.visible[-6:]:
+            exact = left.without({record.id}).numbers
+            moved += float(np.linalg.norm(exact - left.head.numbers))
+            missed += float(np.linalg.norm(exact - left.near[record.id].numbers))
+    assert missed < 0.45 * moved
 
 
 def test_a_head_that_a_refit_would_not_make_stays(bundle: Bundle, answered: Explained) -> None:

@@ -93,6 +93,8 @@ def test_numbers_are_divided_into_ranges() -> None:
     sizes = [list(groups.values()).count(name) for name in dict.fromkeys(groups.values())]
     assert list(dict.fromkeys(groups.values())) == ["20 to 24", "25 to 29", "30 to 34", "35 to 39"]
     assert sizes == [5, 5, 5, 5]
+    some = grouped({**ages, "none": "unknown"})
+    assert some == {**groups, "none": "unknown"}, "one user without an age changes no other's group"
     assert grouped({"a": 1, "b": 2.0, "c": 1}) == {"a": "1", "b": "2", "c": "1"}
     assert grouped({"a": "F", "b": " ", "c": 3}) == {"a": "F", "b": "unknown", "c": "3"}
     assert set(grouped({f"u{i}": 5.0 if i else float(i) for i in range(9)}).values()) == {"0", "5"}

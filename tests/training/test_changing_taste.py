@@ -19,9 +19,10 @@ from hydra_llm.model.newton import losses
 from hydra_llm.model.questions import _design, _information, in_turn
 from hydra_llm.model.scorer import FEEDBACK_WINDOW, Scorer
 from hydra_llm.training.api import learn
+from hydra_llm.training.calibration import FitReport
 from hydra_llm.training.convex import fit_base, fit_heads, heads_for, measure_posterior
 from hydra_llm.training.dataset import TrainingSet
-from hydra_llm.training.discounts import rates_of, set_discount
+from hydra_llm.training.discounts import choose_discount, rates_of, set_discount
 from hydra_llm.training.strengths import Strengths, fit_scorer
 
 _spec = importlib.util.spec_from_file_location(
@@ -120,6 +121,20 @@ def test_training_users_choose_the_rate(table: Any, changes: bool) -> None:
     assert report.discount == scorer.rate or changes
     assert (report.discount is not None) is changes
     assert set(report.to_json()["discounts"]) == {"none", "0.7"}
+
+
+def test_one_user_alone_chooses_no_rate() -> None:
+    """Of one user the error over users would be 0, and the least difference more than that."""
+    scorer = fitted_scorer(one_taste(4))
+
+    def later(*owners: str) -> tuple[torch.Tensor, list[str]]:
+        losses = torch.tensor([0.5, 0.4]) if scorer.rate else torch.tensor([0.6, 0.51])
+        return losses, list(owners)
+
+    choose_discount(scorer, (None, 0.9), FitReport(), lambda: later("a", "a"))
+    assert scorer.rate is None
+    choose_discount(scorer, (None, 0.9), FitReport(), lambda: later("a", "b"))
+    assert scorer.rate == pytest.approx(0.9)
 
 
 def test_a_scorer_keeps_its_rate() -> None:

@@ -44,7 +44,8 @@ def choose_discount(
     best = min(losses, key=lambda rate: float(losses[rate].sum()), default=rates[0])
     if best is not None and None in losses:
         less = losses[None] - losses[best]
-        best = best if less.mean() > error_by_users(less, owners) else None
+        alone = len(set(owners)) < 2  # of one user there is no error: it would be 0
+        best = best if not alone and less.mean() > error_by_users(less, owners) else None
     set_discount(scorer, best)
     report.discount = best
     report.discounts = {str(rate or "none"): float(own.mean()) for rate, own in losses.items()}

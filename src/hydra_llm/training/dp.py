@@ -12,8 +12,9 @@ than the clipping norm:
 
 What else is learned from training users without privacy is fixed, from public texts, or left out:
 docs/differential-privacy.md lists it. Neighbouring sets differ in all records of one user, which
-are replaced by none; the names of training users, with and without records, are public. A user's own head is made of the user's own
-records and of what is shared (joint differential privacy: Kearns et al. 2014).
+are replaced by none; the names of training users, with and without records, are public. A user's
+own head is made of the user's own records and of what is shared (joint differential privacy: Kearns
+et al. 2014).
 
 Letters: U users, G groups, L labels, J columns of their coding, D dimensions of a release, K rank,
 V length of θ₀, E side features.

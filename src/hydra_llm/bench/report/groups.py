@@ -90,10 +90,12 @@ def values_of(data: DataSet, folder: Path, field: str, users: Iterable[str]) -> 
 
 
 def grouped(values: Mapping[str, Value]) -> dict[str, str]:
-    """User → group. Many distinct numbers are divided into ranges; texts are groups themselves."""
+    """User → group. Many distinct numbers are divided into ranges, also where some users have
+    none; texts are groups themselves.
+    """
     numbers = {user: value for user, value in values.items() if isinstance(value, int | float)}
-    ranges = len(numbers) == len(values) and len(set(numbers.values())) > FEW_VALUES
-    if not ranges:
+    others = {user: str(own).strip() for user, own in values.items() if user not in numbers}
+    if len(set(numbers.values())) <= FEW_VALUES or set(others.values()) - {"", UNKNOWN}:
         named = {user: f"{own:g}" if user in numbers else str(own) for user, own in values.items()}
         return {user: name.strip() or UNKNOWN for user, name in named.items()}
     ordered = np.array(sorted(numbers.values()))
@@ -103,7 +105,8 @@ def grouped(values: Mapping[str, Value]) -> dict[str, str]:
     for place in set(places.values()):
         own = [numbers[user] for user in places if places[user] == place]
         names[place] = f"{min(own):g} to {max(own):g}" if min(own) < max(own) else f"{min(own):g}"
-    return {user: names[place] for user, place in places.items()}
+    ranges = {user: names[place] for user, place in places.items()}
+    return {user: ranges.get(user, UNKNOWN) for user in values}
 
 
 def by_group(

@@ -112,7 +112,7 @@ class AdditiveHead(VectorShared):
     @torch.no_grad()
     def left_out(self, problem: HeadProblem, head: Head) -> Tensor:
         """[G, P] one user's numbers (U = 1) without each group, to first order around the head that
-        was fitted on all of them: influence functions (Koh and Liang, ICML 2017).
+        was fitted on all of them, oldest first: influence functions (Koh and Liang, ICML 2017).
         """
         convex, numbers = self.convex_problem(problem), torch.tensor(head.numbers)
         size, count = convex.size, self.coordinates
@@ -123,6 +123,9 @@ class AdditiveHead(VectorShared):
         hessian = hvp(rows).flatten(1) @ rows.flatten(1).T
         hessian += torch.diag(torch.ones(size) * self.precisions(problem.precision))
         gradients = torch.einsum("vgc,gc->vg", rows, by_score[0])
+        if problem.discount is not None:  # without a group those before it are less old
+            older = gradients.cumsum(1) - gradients
+            gradients = gradients - (1 / problem.discount - 1) * older
         changes = torch.linalg.solve(hessian, gradients).T
         return numbers + pad(changes, (0, self.numbers_per_user - size))
 
