@@ -225,7 +225,7 @@ def others() -> DataSet:
     return DataSet.from_records(TASK, {f"u{user:02}": "train" for user in range(12)}, records, [])
 
 
-def test_who_is_in_the_base_does_not_tell_who_has_records(chosen: Settings) -> None:
+def test_the_base_does_not_tell_who_has_records(chosen: Settings) -> None:
     settings = chosen.model_copy(update={"base_users": 6})
     bundles = [learn(made(leave_out=name), settings=settings).bundle for name in ("", "u04")]
     assert bundles[0].trained_on == bundles[1].trained_on
@@ -243,7 +243,7 @@ def test_all_users_of_a_store_count(tmp_path: Path) -> None:
         assert _dataset(store, TASK, every=True)[1].users("train") == ["ada", "bob"]
 
 
-def test_a_reranker_that_was_learned_without_privacy_is_not_taken_over(chosen: Settings) -> None:
+def test_no_reranker_without_privacy_is_taken_over(chosen: Settings) -> None:
     own = learn(made(), settings=chosen).bundle
     scorers, report = {"reranker": own.scorers["adapter"]}, {"reranker": {"loss": 0.1}}
     first = replace(own, scorers=scorers, report=report)

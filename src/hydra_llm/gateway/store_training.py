@@ -226,9 +226,7 @@ def learn_from_store(
 
 
 def _dataset(store: Store, task: Task, *, every: bool = False) -> tuple[dict[str, int], DataSet]:
-    """The users' versions, and their records that the task can read as training data; with `every`
-    also the users who have none.
-    """
+    """The users' versions, and their records that the task can read; `every`: also without any."""
     versions, records = dict[str, int](), list[Record]()
     for user in store.users():
         version, own = store.records(user)

@@ -61,7 +61,7 @@ async def alearn(
     """Learn shared weights and heads from a data set's training users; `out` is a folder to write.
 
     With `first`, a bundle of the same users, only the adapter is learned: the reranker is copied,
-    and with it the candidates. `strengths` are the strengths of regularization to choose among.
+    and with it the candidates; not with `dp_epsilon`. `strengths` of regularization are chosen among.
     `warn` gets a line for each doubt about the data, before the LLM is asked. Without an LLM
     recorded choices and labels are learned from, and no reranker is.
 
@@ -76,8 +76,7 @@ async def alearn(
     learned, users = _begun(data, model, settings, progress, warn)
     asked = asked_about(data, settings, learned.users[: settings.labelled_users])
     check_askable(settings, data.task, learned.bundle.records, asked.all)
-    if settings.dp_epsilon is not None:  # `first` may have a reranker that was learned without it
-        model, first = NoLLM(), None
+    model, first = (model, first) if settings.dp_epsilon is None else (NoLLM(), None)
     work = Work(learned, model, progress, out, strengths, asked)
     checkpoint = await work.learn_from(users, first)
     learned.bundle.features.progress = None
@@ -114,7 +113,8 @@ def _begun(
     weak = settings.reranker_labels == "history" and settings.learns_reranker
     every = list(chain.from_iterable(records[user] for user in base))
     encode_histories(blank, every, progress, ranks=weak and not is_none(llm))
-    notes = _lacking(named, with_records, "have no records and were left out")
+    fate = "have no records and " + ("were left out" if users is own else "get the shared head")
+    notes = _lacking(named, with_records, fate)
     return Learned(blank, blank.trained_on, notes=notes), users
 
 

@@ -12,9 +12,8 @@ than the clipping norm:
 
 What else is learned from training users without privacy is fixed, from public texts, or left out:
 docs/differential-privacy.md lists it. Neighbouring sets differ in all records of one user, which
-are replaced by none; the names of training users, with and without records, are public. A user's
-own head is made of the user's own records and of what is shared (joint differential privacy: Kearns
-et al. 2014).
+are replaced by none; the names of all training users are public. A user's own head is made of the
+user's own records and of what is shared (joint differential privacy: Kearns et al. 2014).
 
 Letters: U users, G groups, L labels, J columns of their coding, D dimensions of a release, K rank,
 V length of θ₀, E side features.
@@ -140,11 +139,9 @@ def check(settings: Settings, task: Task) -> None:
 
 
 def clipped(rows: Tensor, norm: float) -> Tensor:
-    """Rows [U, D], those longer than `norm` shortened to it; 0 for one that is not finite, which
-    would be the whole sum.
-    """
+    """Rows [U, D], those longer than `norm` shortened to it; 0 for one that is not finite."""
     length = rows.norm(dim=-1, keepdim=True)
-    short = rows * (norm / length.clamp_min(1e-12)).clamp_max(1.0)
+    short: Tensor = rows * (norm / length.clamp_min(1e-12)).clamp_max(1.0)
     return short.where(length.isfinite(), 0.0)
 
 

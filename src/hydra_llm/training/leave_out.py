@@ -65,8 +65,7 @@ class LeaveOut:
         labelled = head_data(self.bundle, ADAPTER, groups)
         index = torch.arange(len(groups))[None]
         problem = scorer.head_problem(labelled.groups, [self._user], index)
-        problem = problem.discounted(labelled.positions[None])
-        rows = scorer.head.left_out(problem, self.head).numpy()
+        rows = scorer.head.left_out(problem.discounted(labelled.positions[None]), self.head).numpy()
         own = self.head
         return {
             group.query: Head.of(numbers, own.records, own.until)

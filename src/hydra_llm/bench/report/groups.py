@@ -90,9 +90,7 @@ def values_of(data: DataSet, folder: Path, field: str, users: Iterable[str]) -> 
 
 
 def grouped(values: Mapping[str, Value]) -> dict[str, str]:
-    """User → group. Many distinct numbers are divided into ranges, also where some users have
-    none; texts are groups themselves.
-    """
+    """User → group: ranges of many distinct numbers, also where some users have none; or texts."""
     numbers = {user: value for user, value in values.items() if isinstance(value, int | float)}
     others = {user: str(own).strip() for user, own in values.items() if user not in numbers}
     if len(set(numbers.values())) <= FEW_VALUES or set(others.values()) - {"", UNKNOWN}:
@@ -105,8 +103,7 @@ def grouped(values: Mapping[str, Value]) -> dict[str, str]:
     for place in set(places.values()):
         own = [numbers[user] for user in places if places[user] == place]
         names[place] = f"{min(own):g} to {max(own):g}" if min(own) < max(own) else f"{min(own):g}"
-    ranges = {user: names[place] for user, place in places.items()}
-    return {user: ranges.get(user, UNKNOWN) for user in values}
+    return {user: names[places[user]] if user in places else UNKNOWN for user in values}
 
 
 def by_group(

@@ -124,8 +124,7 @@ class AdditiveHead(VectorShared):
         hessian += torch.diag(torch.ones(size) * self.precisions(problem.precision))
         gradients = torch.einsum("vgc,gc->vg", rows, by_score[0])
         if problem.discount is not None:  # without a group those before it are less old
-            older = gradients.cumsum(1) - gradients
-            gradients = gradients - (1 / problem.discount - 1) * older
+            gradients = gradients - (1 / problem.discount - 1) * (gradients.cumsum(1) - gradients)
         changes = torch.linalg.solve(hessian, gradients).T
         return numbers + pad(changes, (0, self.numbers_per_user - size))
 
