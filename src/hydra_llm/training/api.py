@@ -61,7 +61,7 @@ async def alearn(
     """Learn shared weights and heads from a data set's training users; `out` is a folder to write.
 
     With `first`, a bundle of the same users, only the adapter is learned: the reranker is copied,
-    and with it the candidates; not with `dp_epsilon`. `strengths` of regularization are chosen among.
+    and with it the candidates; not with `dp_epsilon`. `strengths` are those to choose among.
     `warn` gets a line for each doubt about the data, before the LLM is asked. Without an LLM
     recorded choices and labels are learned from, and no reranker is.
 
