@@ -285,7 +285,6 @@ def test_a_budget_out_of_range_is_one_line(given: dict[str, Any], line: str) -> 
         ({"discount": 0.9, "dp_epsilon": 1}, "discount: leave it at none"),
         ({"head_prior": "isotropic", "dp_epsilon": 1}, "head_prior=isotropic: take learned"),
         ({"label_rank": 4, "dp_epsilon": 1}, "label_rank: leave it out"),
-        ({"epochs": 2, "dp_epsilon": 1}, "epochs: leave them out"),
     ],
 )
 def test_what_cannot_be_private_is_one_line(given: dict[str, Any], line: str) -> None:

@@ -128,7 +128,6 @@ def check(settings: Settings, task: Task) -> None:
         "discount: leave it at none": settings.discount != "none",
         "head_prior=isotropic: take learned": settings.head_prior != "learned",
         "label_rank: leave it out": settings.label_rank is not None,
-        "epochs: leave them out": bool(settings.epochs),
     }
     for fault, holds in faults.items():
         if holds:
