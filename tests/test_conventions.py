@@ -13,7 +13,7 @@ MAX_NAME = 60
 MAX_FUNCTION = 40
 MAX_FILE = 400
 MAX_PARAMETERS = 8
-MAX_SOURCE = 45_100  # lines; raised by hand, with a feature that is worth it
+MAX_SOURCE = 44_874  # lines; raised by hand, with a feature that is worth it
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

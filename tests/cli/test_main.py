@@ -217,7 +217,7 @@ def leaves(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...
 # options that set the setting of their name
 OF_SETTINGS = {
     f"serve {name}": f"setting serve.{name}"
-    for name in ("log", "workers", "tls_cert", "tls_key", "proxy", "root_path")
+    for name in ("log", "workers", "tls_cert", "tls_key", "proxy", "root_path", "private")
 }
 
 
