@@ -124,6 +124,16 @@ def chromium() -> Iterator[Any]:
         opened.close()
 
 
+def shows(tab: Any, what: str, count: int) -> None:
+    """Wait until the page has so many of it: a click may return before the next page is there."""
+    until(lambda: tab.locator(what).count() == count)
+
+
+def says(tab: Any, where: str, text: str) -> None:
+    """Wait until this text stands there."""
+    until(lambda: text in tab.locator(where).inner_text())
+
+
 @contextmanager
 def a_tab(chromium: Any, **options: Any) -> Iterator[Any]:
     """A tab of a browser of its own, of which every script's fault, breach of the policy, and every
@@ -198,11 +208,11 @@ def test_a_user_does_everything(site: Site, chromium: Any, tmp_path: Path) -> No
         assert not site.store.is_off("ada")
 
         tab.get_by_role("link", name="Records", exact=True).click()
-        assert tab.locator("main li").count() == 20
+        shows(tab, "main li", 20)
         picture(tab, tmp_path, "records")
         tab.get_by_role("link", name="Older records").click()
         tab.get_by_role("link", name="Older records").click()
-        assert tab.locator("main li").count() == 5
+        shows(tab, "main li", 5)
         tab.get_by_role("link", name="To the newest").click()
         tab.get_by_role("searchbox").fill("whales under the waves 9")
         tab.get_by_role("button", name="Find").click()
@@ -246,7 +256,7 @@ def test_a_user_does_everything(site: Site, chromium: Any, tmp_path: Path) -> No
         tab.get_by_role("button", name="Save this answer").click()
         assert corrected(site) == "calm, as ever"
         tab.get_by_role("button", name="None was right").click()
-        assert "the answer was rejected" in tab.locator("main").inner_text()
+        says(tab, "main", "the answer was rejected")
         assert corrected(site) is None
 
         tab.get_by_role("link", name="About you").click()
@@ -259,7 +269,7 @@ def test_a_user_does_everything(site: Site, chromium: Any, tmp_path: Path) -> No
         assert "nothing was deleted" in tab.get_by_role("alert").inner_text()
         tab.get_by_role("textbox").fill("ada")
         tab.get_by_role("button", name="Delete everything").click()
-        assert "Everything about ada was deleted" in tab.locator("main").inner_text()
+        says(tab, "main", "Everything about ada was deleted")
         tab.get_by_role("link", name="Go on").click()
         tab.get_by_label("API key").wait_for()
     assert site.store.state("ada").version is None
@@ -280,17 +290,17 @@ def test_an_administrator_does_everything(site: Site, chromium: Any, tmp_path: P
         tab.get_by_role("link", name="Users").click()
         picture(tab, tmp_path, "users")
         tab.get_by_role("link", name="More users").click()
-        assert tab.locator("tbody tr").count() == 15
+        shows(tab, "tbody tr", 15)
         tab.get_by_role("searchbox").fill("EXAMPLE.ORG")
         tab.get_by_role("button", name="Find").click()
-        assert tab.locator("tbody tr").count() == 25
+        shows(tab, "tbody tr", 25)
         tab.get_by_role("searchbox").fill("nobody")
         tab.get_by_role("button", name="Find").click()
-        assert "No user's id holds “nobody”" in tab.locator("main").inner_text()
+        says(tab, "main", "No user's id holds “nobody”")
         tab.get_by_role("link", name="Show all").click()
         tab.get_by_role("link", name="bob").click()
         tab.get_by_role("navigation", name="User bob").get_by_role("link", name="Records").click()
-        assert tab.locator("main li").count() == 20
+        shows(tab, "main li", 20)
 
         tab.get_by_role("link", name="Spend").click()
         tab.get_by_role("link", name="7 days").click()
@@ -302,7 +312,7 @@ def test_an_administrator_does_everything(site: Site, chromium: Any, tmp_path: P
         assert "limits: " in tab.get_by_role("alert").inner_text()
         tab.get_by_label("What it may spend").fill("5/day")
         tab.get_by_role("button", name="Set").click()
-        assert "The limit was set" in tab.locator("main").inner_text()
+        says(tab, "main", "The limit was set")
 
         tab.get_by_role("link", name="Keys").click()
         tab.get_by_role("button", name="Create").click()
@@ -316,7 +326,7 @@ def test_an_administrator_does_everything(site: Site, chromium: Any, tmp_path: P
         picture(tab, tmp_path, "keys")
         site.keys["made"] = secret
         sign_in(other, site, "made")
-        assert other.locator("tbody tr").count() == 2  # the users of this key
+        shows(other, "tbody tr", 2)  # the users of this key
         tab.get_by_role("link", name="Revoke").first.click()
         tab.get_by_role("button", name="Revoke").click()
         assert told(tab) == "The key was revoked."
@@ -325,9 +335,9 @@ def test_an_administrator_does_everything(site: Site, chromium: Any, tmp_path: P
 
         tab.get_by_role("link", name="Jobs").click()
         tab.get_by_role("link", name="Older jobs").click()
-        assert "the LLM does not answer" in tab.locator("tbody").inner_text()
+        says(tab, "tbody", "the LLM does not answer")
         tab.get_by_role("link", name="Model").click()
-        assert "No bundle is in use" in tab.locator("main").inner_text()
+        says(tab, "main", "No bundle is in use")
         tab.get_by_role("button", name="Sign out").click()
         assert told(tab) == "You are signed out."
         tab.go_back()
@@ -341,7 +351,7 @@ def test_the_model_in_use_has_its_card(
     with open_site(bundles["tags"]) as site, a_tab(chromium) as tab:
         sign_in(tab, site, "admin")
         tab.get_by_role("link", name="Model").click()
-        assert "hydra-llm bundle for task tags" in tab.locator("main").inner_text()
+        says(tab, "main", "hydra-llm bundle for task tags")
         assert violations(tab) == []
         report = bundles["tags"] / "report.html"
         script = "<script>try { parent.document.cookie } catch (e) { document.title = e.name }"
@@ -551,7 +561,7 @@ def test_texts_that_would_be_scripts_are_shown(tab: Any, site: Site) -> None:
             assert tab.evaluate("window.taken") is None, path
             assert tab.locator("img, script, svg").count() == 0, path
         tab.goto(f"{site.url}/records?{query}")
-        assert text in tab.locator("main").inner_text()
+        says(tab, "main", text)
         tab.get_by_role("link", name="Edit").click()
         assert tab.get_by_label("Answer").input_value() == text
     search = urlencode({"q": HOSTILE[0]})
